@@ -1,0 +1,749 @@
+#!/usr/bin/env python3
+"""Turn a GPT-NeoX model in Hugging Face layout into the one flat file that kl3m maps.
+
+In:  a directory with config.json, tokenizer.json and model.safetensors (or its index and shards).
+Out: header, section table, then "config", "about", "tokenizer" and the weights as fp32, packed as the
+     forward pass walks them, each at a 64-byte-aligned offset with a checksum (README.md: the format).
+
+What kl3m would not compute exactly as the reference does is refused by name, before anything is
+written. The same input gives the same bytes. Python 3.9 is all it needs, and room for 32 rows of a
+tensor at a time.
+
+Parts, in order: errors and JSON, config, safetensors, tensor table, weights, tokenizer, about, the
+file, command line. A part calls only parts above it.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import struct
+import sys
+import time
+import zlib
+from array import array
+from collections import Counter, namedtuple
+
+PROGRAM = "export_weights.py"
+FORMAT_VERSION = 1
+
+# ---- Errors and JSON ----
+
+JSON_LIMIT = 1 << 27   # bytes: sixty times the real tokenizer.json
+DAMAGED = "the file is damaged or cut short: download it again"
+
+
+class ExportError(Exception):
+    """One line for the user: what is wrong, what was expected, what to do."""
+
+
+def show(value):
+    """A value from somebody else's file, safe and short enough for a message."""
+    text = "nothing" if value is None else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def expect(ok, what, found, expected, remedy):
+    if not ok:
+        raise ExportError(f"{what}: found {show(found)}, expected {expected}; {remedy}")
+
+
+def parse_object(data, where):
+    """The JSON object in data (bytes). Which of two equal keys counts JSON leaves open: none may."""
+    def members(pairs):
+        [(key, count)] = Counter(key for key, _ in pairs).most_common(1) or [(None, 1)]
+        if count > 1:
+            raise ValueError(f"the key {show(key)} is there twice")
+        return dict(pairs)
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=members)
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{where} is not sound JSON: {error}; {DAMAGED}")
+    expect(isinstance(value, dict), where, value, "a JSON object", DAMAGED)
+    return value
+
+
+def read_object(directory, name):
+    path = os.path.join(directory, name)
+    expect(os.path.isfile(path), path, None, f"the model's {name}", "pass the directory that has it")
+    size = os.path.getsize(path)
+    expect(size <= JSON_LIMIT, path, size, f"at most {JSON_LIMIT} bytes", DAMAGED)
+    with open(path, "rb") as file:
+        return parse_object(file.read(), path)
+
+
+def is_count(value):
+    return type(value) is int and value >= 0   # isinstance would let True pass
+
+
+# ---- Config ----
+
+Config = namedtuple("Config", "hidden layers heads kv_heads head_size rotary_dims intermediate vocab "
+                              "context parallel_residual rotary_base eps")   # as they lie in the file
+
+NOT_COMPUTED = "kl3m computes nothing else"
+SIZE_LIMIT = 1 << 24   # the most of anything that config.json counts
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+         "max_position_embeddings")
+# Where kl3m computes one value only; it is also what transformers takes for a missing field.
+FIXED = {"model_type": "gpt_neox", "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}
+ROPE_NUMBERS = ("partial_rotary_factor", "rope_theta")
+
+
+def expect_field(ok, name, found, expected, remedy="correct the field"):
+    expect(ok, f"config.json: {name}", found, expected, remedy)
+
+
+def number_field(config, names, default, least, most):
+    """A number that has several spellings, all of which must agree.
+
+    transformers 4 writes rotary_pct and rotary_emb_base (or partial_rotary_factor and rope_theta),
+    transformers 5 writes the latter two inside rope_parameters.
+    """
+    found = {name: config.get(name) for name in names}
+    for place in ("rope_parameters", "rope_scaling"):
+        found.update((f"{place}.{name}", (config.get(place) or {}).get(name)) for name in names)
+    found = {name: value for name, value in found.items() if value is not None}
+    for name, value in found.items():
+        ok = type(value) in (int, float) and least <= value <= most   # NaN fails every comparison
+        expect_field(ok, name, value, f"a number from {least} to {most}")
+        other = next(iter(found))
+        expect_field(value == found[other], name, value, f"{found[other]} as in {other}", "make them agree")
+    return float(next(iter(found.values()), default))
+
+
+def read_config(config):
+    """config.json as a Config; kv_heads stays 0, since only the tensors tell it."""
+    for name, only in FIXED.items():
+        value = config.get(name, only)
+        expect_field(type(value) is type(only) and value == only, name, value, show(only), NOT_COMPUTED)
+    parallel = config.get("use_parallel_residual", True)
+    expect_field(type(parallel) is bool, "use_parallel_residual", parallel, "true or false")
+    for name in SIZES:
+        value = config.get(name)
+        ok = is_count(value) and 1 <= value <= SIZE_LIMIT
+        expect_field(ok, name, value, f"a whole number from 1 to {SIZE_LIMIT}")
+    hidden, layers, heads, intermediate, vocab, context = (config[name] for name in SIZES)
+    expect_field(hidden % heads == 0, "hidden_size", hidden, f"a multiple of num_attention_heads {heads}")
+    for place in ("rope_parameters", "rope_scaling"):
+        fields = {} if config.get(place) is None else config[place]
+        expect_field(isinstance(fields, dict), place, fields, "null or an object", NOT_COMPUTED)
+        for name, value in fields.items():
+            ok = name in ROPE_NUMBERS or name in ("rope_type", "type") and value == "default"
+            expect_field(ok, f"{place}.{name}", value, 'only rope_type "default"', NOT_COMPUTED)
+    head_size = hidden // heads
+    share = number_field(config, ("rotary_pct", "partial_rotary_factor"), 0.25, 0, 1)
+    rotary_dims = int(head_size * share)
+    expect_field(rotary_dims % 2 == 0, "rotary_pct (partial_rotary_factor)", share,
+                 f"an even number of rotary dimensions, not {rotary_dims} of {head_size}", NOT_COMPUTED)
+    base = number_field(config, ("rotary_emb_base", "rope_theta"), 10000, 1, 1e18)
+    eps = number_field(config, ("layer_norm_eps",), 1e-5, 1e-30, 1)
+    return Config(hidden, layers, heads, 0, head_size, rotary_dims, intermediate, vocab, context,
+                  parallel, base, eps)
+
+
+def config_section(config):
+    return struct.pack("<10I8x2d", *config)
+
+
+# ---- Safetensors ----
+
+Tensor = namedtuple("Tensor", "name path dtype shape offset size")   # offset in its file, in bytes
+
+ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
+# What some versions saved beside the weights: kl3m makes the mask and the frequencies itself.
+BUFFER = re.compile(r"gpt_neox\.(layers\.\d+\.attention\.)?(bias|masked_bias|rotary_emb\.inv_freq)")
+INDEX = "model.safetensors.index.json"
+MIXED = "index and shards are of different models: download them again"
+
+
+def read_safetensors(path):
+    """{name: Tensor} of one file without buffers. Its tensors must cover the data, without overlap."""
+    expect(os.path.isfile(path), path, None, "a file", "download it")
+    file_size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        data_start = 8 + int.from_bytes(file.read(8), "little")
+        expect(8 < data_start <= min(file_size, JSON_LIMIT), path, data_start - 8,
+               f"a header's size that fits a file of {file_size} bytes", DAMAGED)
+        header = parse_object(file.read(data_start - 8), f"{path}: header")
+    header.pop("__metadata__", None)
+    tensors = [read_entry(path, name, entry, data_start, file_size) for name, entry in header.items()]
+    end = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
+        expect(tensor.offset == end, f"{path}: {show(tensor.name)}: offset", tensor.offset,
+               f"{end}, the end of the tensor before it", DAMAGED)
+        end += tensor.size
+    expect(end == file_size, f"{path}: size", file_size, f"{end} as its header says", DAMAGED)
+    return {tensor.name: tensor for tensor in tensors if not BUFFER.fullmatch(tensor.name)}
+
+
+def read_entry(path, name, entry, data_start, file_size):
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, ends = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    ok = (isinstance(dtype, str) and isinstance(shape, list) and all(map(is_count, shape))
+          and isinstance(ends, list) and all(map(is_count, ends)) and len(ends) == 2
+          and ends[0] <= ends[1] <= file_size - data_start)
+    expect(ok, f"{path}: {show(name)}", entry, "dtype, shape and data_offsets inside the file", DAMAGED)
+    return Tensor(name, path, dtype, shape, data_start + ends[0], ends[1] - ends[0])
+
+
+def read_tensors(directory):
+    """{name: Tensor} of model.safetensors, or of the shards that its index names."""
+    single = os.path.join(directory, "model.safetensors")
+    if os.path.exists(single) or not os.path.exists(os.path.join(directory, INDEX)):
+        return read_safetensors(single)
+    shard_of = read_object(directory, INDEX).get("weight_map")
+    expect(isinstance(shard_of, dict), f"{INDEX}: weight_map", shard_of, "an object", DAMAGED)
+    for name, shard in shard_of.items():
+        expect(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard), f"{INDEX}: {show(name)}",
+               shard, "a plain file name", DAMAGED)
+    tensors = {}
+    for shard in sorted(set(shard_of.values())):
+        for name, tensor in read_safetensors(os.path.join(directory, shard)).items():
+            expect(shard_of.get(name) == shard, f"{INDEX}: {show(name)}", shard_of.get(name), shard, MIXED)
+            tensors[name] = tensor
+    for name, shard in shard_of.items():
+        expect(name in tensors or BUFFER.fullmatch(name), f"{shard}: {show(name)}", None, "the tensor", MIXED)
+    return tensors
+
+
+# ---- Tensor table ----
+
+VECTOR, TABLE, PANELS = "vector", "table", "panels"   # how a weight lies in the file
+
+Weight = namedtuple("Weight", "name source rows cols kind")   # a vector is one row
+
+ANOTHER = "the weights are not of the model that config.json describes, or not all of them are here"
+QKV = "attention.query_key_value"
+
+
+def tensor_table(config):
+    """Every weight in the file's order: the one list that drives checking, packing and writing."""
+    hidden, wide = config.hidden, config.intermediate
+
+    def norm(name):
+        for part in (".weight", ".bias"):
+            yield Weight(name + part, "gpt_neox." + name + part, 1, hidden, VECTOR)
+
+    def linear(name, rows, cols):
+        yield Weight(name + ".weight", "gpt_neox." + name + ".weight", rows, cols, PANELS)
+        yield Weight(name + ".bias", "gpt_neox." + name + ".bias", 1, rows, VECTOR)
+
+    yield Weight("embed_in.weight", "gpt_neox.embed_in.weight", config.vocab, hidden, TABLE)
+    for number in range(config.layers):
+        layer = f"layers.{number}."
+        yield from norm(layer + "input_layernorm")
+        yield from norm(layer + "post_attention_layernorm")
+        yield from linear(layer + QKV, hidden + 2 * config.kv_heads * config.head_size, hidden)
+        yield from linear(layer + "attention.dense", hidden, hidden)
+        yield from linear(layer + "mlp.dense_h_to_4h", wide, hidden)
+        yield from linear(layer + "mlp.dense_4h_to_h", hidden, wide)
+    yield from norm("final_layer_norm")
+    yield Weight("embed_out.weight", "embed_out.weight", config.vocab, hidden, PANELS)
+
+
+def count_kv_heads(config, tensors):
+    """From the rows of the first query_key_value.weight; the reference ignores num_key_value_heads."""
+    name = f"gpt_neox.layers.0.{QKV}.weight"
+    shape = tensors[name].shape if name in tensors else None
+    rows = shape[0] if shape else 0
+    if rows == 3 * config.hidden:
+        return config.heads
+    kv_heads, rest = divmod(rows - config.hidden, 2 * config.head_size)
+    expect(rest == 0 and kv_heads > 0 and config.heads % kv_heads == 0, name, shape,
+           f"{3 * config.hidden} rows (multi-head) or {config.hidden} + {2 * config.head_size} for each "
+           f"key-value head, whose number divides {config.heads}", ANOTHER)
+    return kv_heads
+
+
+def check_tensors(config, tensors):
+    """Hold every weight of the table against the files; no tensor may be missing or left over."""
+    unknown = dict(tensors)
+    for weight in tensor_table(config):
+        tensor = unknown.pop(weight.source, None)
+        shape = [weight.cols] if weight.kind == VECTOR else [weight.rows, weight.cols]
+        expect(tensor, weight.source, None, f"a tensor of shape {shape}", ANOTHER)
+        expect(tensor.shape == shape, f"{tensor.name}: shape", tensor.shape, shape, ANOTHER)
+        expect(tensor.dtype in ITEM_SIZE, f"{tensor.name}: dtype", tensor.dtype, "F32, F16 or BF16",
+               "save the weights as one of these")
+        size = weight.rows * weight.cols * ITEM_SIZE[tensor.dtype]
+        expect(tensor.size == size, f"{tensor.name}: bytes", tensor.size, size, DAMAGED)
+    for name in sorted(unknown):
+        expect(False, "tensors", name, "only those of config.json's GPT-NeoX model", NOT_COMPUTED)
+
+
+# ---- Weights ----
+# Numbers pass as fp32 bits in arrays of 4-byte integers, little-endian as in the source and the file:
+# they are moved, never computed with, so this machine's byte order does not matter.
+
+BLOCK = 32   # rows read and packed at a time; rows of panels and vectors are padded to a multiple of it
+LANES = 16   # rows that lie side by side in a panel
+
+
+def padded(count):
+    return -(-count // BLOCK) * BLOCK
+
+
+def weight_size(weight):
+    """Bytes of a weight in the file."""
+    if weight.kind == VECTOR:
+        return 4 * padded(weight.cols)
+    return 4 * weight.cols * (padded(weight.rows) if weight.kind == PANELS else weight.rows)
+
+
+def source_rows(config, name, rows):
+    """The source's row for each row in the file. Query, key and value rows lie there in the file's
+    order (all of Q, of K, of V) if heads share keys, else as [head][q, k, v][head size]."""
+    if QKV not in name or config.kv_heads != config.heads:
+        return range(rows)
+    return [(3 * head + part) * config.head_size + row
+            for part in range(3) for head in range(config.heads) for row in range(config.head_size)]
+
+
+def read_rows(file, tensor, numbers, cols):
+    """The rows with these numbers as fp32 bits, [len(numbers)][cols]."""
+    row_size = cols * ITEM_SIZE[tensor.dtype]
+    raw = bytearray(len(numbers) * row_size)
+    first = 0
+    while first < len(numbers):   # one read for each run of neighbours
+        end = first + 1
+        while end < len(numbers) and numbers[end] == numbers[end - 1] + 1:
+            end += 1
+        file.seek(tensor.offset + numbers[first] * row_size)
+        got = file.readinto(memoryview(raw)[first * row_size:end * row_size])
+        expect(got == (end - first) * row_size, tensor.path, got, "more bytes", DAMAGED)
+        first = end
+    return fp32_bits(raw, tensor)
+
+
+def fp32_bits(raw, tensor):
+    """Bytes of a tensor as fp32 bits: every F16 and BF16 is a number of fp32 too. All must be finite."""
+    if tensor.dtype == "F16":
+        count = len(raw) // 2
+        raw = struct.pack(f"<{count}f", *struct.unpack(f"<{count}e", raw))
+    elif tensor.dtype == "BF16":   # the upper half of an fp32
+        halves = array("H", bytes(2 * len(raw)))
+        halves[1::2] = array("H", raw)
+        raw = halves.tobytes()
+    top = raw[3::4]   # sign and seven bits of exponent; all seven set means 1.7e38 or more
+    if b"\x7f" in top or b"\xff" in top:
+        for value in struct.unpack(f"<{len(top)}f", raw):
+            expect(math.isfinite(value), tensor.name, value, "finite numbers", "the weights are damaged")
+    return array("I", raw)
+
+
+def pack_panels(bits, rows, cols):
+    """[rows][cols], at most 32 rows, as two panels [2][cols][16]; missing rows are zeros."""
+    panels = array("I", [0]) * (BLOCK * cols)
+    for row in range(rows):
+        start = row // LANES * LANES * cols
+        panels[start + row % LANES:start + LANES * cols:LANES] = bits[row * cols:(row + 1) * cols]
+    return panels
+
+
+def weight_blocks(config, weight, tensor):
+    """The weight as it lies in the file, a block of rows at a time."""
+    with open(tensor.path, "rb", buffering=0) as file:
+        if weight.kind == VECTOR:
+            bits = read_rows(file, tensor, source_rows(config, weight.name, weight.cols), 1)
+            yield bits + array("I", [0]) * (padded(weight.cols) - weight.cols)
+            return
+        numbers = source_rows(config, weight.name, weight.rows)
+        for first in range(0, weight.rows, BLOCK):
+            part = numbers[first:first + BLOCK]
+            bits = read_rows(file, tensor, part, weight.cols)
+            yield pack_panels(bits, len(part), weight.cols) if weight.kind == PANELS else bits
+
+
+# ---- Tokenizer ----
+
+Added = namedtuple("Added", "id content normalized special")
+
+NOBODY = 0xFFFFFFFF    # no token, an empty slot
+EARLY, LATE = 0, 1     # roots of the tries: added tokens matched before the others, the others
+BASE_MODEL = "use the tokenizer.json of the base model"   # a folder saved again often has another one
+
+# Part, field, what the library takes for a missing one, what kl3m computes.
+STAGES = (("pre_tokenizer", "type", None, ["ByteLevel"]),
+          ("pre_tokenizer", "add_prefix_space", None, [False]),
+          ("pre_tokenizer", "use_regex", True, [True]),
+          ("decoder", "type", None, ["ByteLevel"]),
+          ("model", "type", None, ["BPE"]),
+          ("model", "dropout", None, [None, 0]),
+          ("model", "continuing_subword_prefix", None, [None, ""]),
+          ("model", "end_of_word_suffix", None, [None, ""]),
+          ("model", "byte_fallback", False, [False]),
+          ("model", "ignore_merges", False, [False]))
+
+
+def expect_part(ok, name, found, expected):
+    expect(ok, f"tokenizer.json: {name}", found, expected, BASE_MODEL)
+
+
+def byte_alphabet():
+    """GPT-2's alphabet, {character: byte} by byte: printable Latin-1 stands for itself, the other 68
+    bytes for the characters from U+0100 on."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 324))
+    return {chr(byte if byte in shown else next(others)): byte for byte in range(256)}
+
+
+BYTE_OF = byte_alphabet()
+
+
+def utf8(token):
+    try:
+        return token.encode()
+    except UnicodeEncodeError:   # half a surrogate pair
+        raise ExportError(f"tokenizer.json: token {show(token)} is not Unicode text; {DAMAGED}")
+
+
+def decoded(token):
+    """What a token decodes to: bytes by the alphabet, or its own UTF-8 where a character leaves that."""
+    return bytes(map(BYTE_OF.get, token)) if BYTE_OF.keys() >= set(token) else utf8(token)
+
+
+def adds_nothing(step):
+    """Whether a step of the post_processor leaves the ids of a text as they are."""
+    if step.get("type") == "ByteLevel":   # it moves offsets only
+        return True
+    pieces = step.get("single") if step.get("type") == "TemplateProcessing" else None
+    return (isinstance(pieces, list) and len(pieces) == 1 and isinstance(pieces[0], dict)
+            and isinstance(pieces[0].get("Sequence"), dict) and pieces[0]["Sequence"].get("id") == "A")
+
+
+def check_stages(tokenizer):
+    """Refuse what would give other ids; truncation and padding leave the ids of a text alone."""
+    normalizer = tokenizer.get("normalizer")
+    expect_part(normalizer is None, "normalizer", normalizer, "nothing")
+    for part, name, default, accepted in STAGES:
+        fields = tokenizer.get(part)
+        expect_part(isinstance(fields, dict), part, fields, "an object")
+        value = fields.get(name, default)
+        expect_part(value in accepted, f"{part}.{name}", value, show(accepted[-1]))
+    post = tokenizer.get("post_processor")
+    sequence = isinstance(post, dict) and post.get("type") == "Sequence"
+    steps = post.get("processors") if sequence else [post] if post is not None else []
+    ok = isinstance(steps, list) and all(isinstance(step, dict) and adds_nothing(step) for step in steps)
+    expect_part(ok, "post_processor", post, "one that adds no tokens")
+
+
+def check_id(token, number, rows):
+    expect_part(is_count(number) and number < rows, f"id of {show(token)}", number,
+                f"a whole number below the {rows} rows of gpt_neox.embed_in.weight")
+
+
+def read_vocab(model, rows):
+    """{token: id}: each id one token's, and a token for each byte."""
+    vocab = model.get("vocab")
+    expect_part(isinstance(vocab, dict), "model.vocab", vocab, "an object")
+    owner = {}
+    for token, number in vocab.items():
+        check_id(token, number, rows)
+        ok = owner.setdefault(number, token) == token
+        expect_part(ok, f"id of {show(token)}", number, f"another than that of {show(owner[number])}")
+    for token, byte in BYTE_OF.items():
+        expect_part(token in vocab, f"model.vocab: {show(token)}", None, f"the token of byte {byte}")
+    return vocab
+
+
+def read_merges(model, vocab):
+    """{(left id, right id): (rank, merged id)}; of two equal pairs the last counts, as in the library."""
+    merges, table = model.get("merges"), {}
+    expect_part(isinstance(merges, list), "model.merges", merges, "a list")
+    for rank, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        ok = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        expect_part(ok, f"merge {rank}", merge, '"a b" or ["a", "b"]')
+        left, right = pair
+        for token in (left, right, left + right):
+            expect_part(token in vocab, f"merge {rank}", merge, f"{show(token)} in the vocabulary")
+        table[vocab[left], vocab[right]] = rank, vocab[left + right]
+    return table
+
+
+def read_added(tokenizer, vocab, rows):
+    """added_tokens as Added, held to the ids that the library gives them whatever the file says: the
+    vocabulary's, or else the next free one."""
+    entries = tokenizer.get("added_tokens")
+    expect_part(isinstance(entries, list), "added_tokens", entries, "a list")
+    owner, added = {number: token for token, number in vocab.items()}, {}
+    next_id = len(vocab)
+    for entry in entries:
+        fields = entry if isinstance(entry, dict) else {}
+        token = Added(*map(fields.get, Added._fields))
+        where = f"added token {show(token.content)}"
+        expect_part(isinstance(token.content, str) and token.content, where, entry, "content")
+        for name in ("single_word", "lstrip", "rstrip"):
+            expect_part(fields.get(name) is False, f"{where}: {name}", fields.get(name), "false")
+        for name in ("normalized", "special"):
+            expect_part(type(fields.get(name)) is bool, f"{where}: {name}", fields.get(name), "true or false")
+        check_id(token.content, token.id, rows)
+        expected = vocab.get(token.content, next_id)
+        ok = token.id == expected and token.content not in added
+        expect_part(ok, f"{where}: id", token.id, f"{expected} as the tokenizers library numbers it, once")
+        ok = owner.setdefault(token.id, token.content) == token.content
+        expect_part(ok, f"{where}: id", token.id, f"another than that of {show(owner[token.id])}")
+        next_id = max(next_id, token.id + 1)
+        added[token.content] = token
+    return list(added.values())
+
+
+def u32s(numbers):
+    return struct.pack(f"<{len(numbers)}I", *numbers)
+
+
+def hash_table(entries):
+    """{(a, b): (c, d)} as open-addressed slots of four u32, at most half full: (slots, bytes)."""
+    slots = 1 << max(4, (2 * len(entries) - 1).bit_length())
+    table = [NOBODY, 0, 0, 0] * slots
+    for (a, b), (c, d) in entries.items():
+        slot = ((a << 32 | b) * 0x9E3779B97F4A7C15 >> 32) & (slots - 1)
+        while table[4 * slot] != NOBODY:
+            slot = (slot + 1) & (slots - 1)
+        table[4 * slot:4 * slot + 4] = a, b, c, d
+    return slots, u32s(table)
+
+
+def build_tries(added):
+    """Tries over the UTF-8 of the added tokens: {(node, byte): (child, 0)}, [token ending at a node]."""
+    edges, node_token = {}, [NOBODY, NOBODY]
+    for token in added:
+        node = LATE if token.normalized else EARLY
+        for byte in utf8(token.content):
+            child = edges.setdefault((node, byte), (len(node_token), 0))[0]
+            if child == len(node_token):
+                node_token.append(NOBODY)
+            node = child
+        node_token[node] = token.id
+    return edges, node_token
+
+
+def tokenizer_section(tokenizer, rows):
+    """The tables that tokenizer.c maps; every id has one of the embedding's rows."""
+    check_stages(tokenizer)
+    vocab = read_vocab(tokenizer["model"], rows)
+    merge_slots, merges = hash_table(read_merges(tokenizer["model"], vocab))
+    added = read_added(tokenizer, vocab, rows)
+    edges, node_token = build_tries(added)
+    trie_slots, trie = hash_table(edges)
+    names = {number: token for token, number in vocab.items()}
+    names.update((token.id, token.content) for token in added)
+    texts = [decoded(names.get(number, "")) for number in range(max(names) + 1)]
+    flags = bytearray(len(texts))
+    for token in added:
+        flags[token.id] = token.special | 2
+    offsets = [0]
+    for text in texts:
+        offsets.append(offsets[-1] + len(text))
+    header = struct.pack("<8s7I28x", b"BPETOK1\n", len(texts), merge_slots, trie_slots, len(node_token),
+                         EARLY, LATE, offsets[-1])
+    byte_tokens = [vocab[token] for token in BYTE_OF]
+    return b"".join([header, merges, trie, u32s(node_token), u32s(byte_tokens), u32s(offsets), flags, *texts])
+
+
+# ---- About ----
+
+Source = namedtuple("Source", "directory name revision")   # real path; the name is the hub's if known
+
+KL3M = {"license": "CC-BY 4.0",
+        "attribution": "KL3M model by the ALEA Institute (https://aleainstitute.ai), licensed under CC-BY "
+                       "4.0; this file holds its values in another layout",
+        "citation": "Bommarito, Katz, Bommarito: KL3M Tokenizers: A Family of Domain-Specific and "
+                    "Character-Level Tokenizers for Legal, Financial, and Preprocessing Applications, "
+                    "2025, arXiv:2503.17247"}
+
+
+def resolve(source):
+    """The directory that SOURCE means, as a Source."""
+    if not os.path.isdir(source):
+        raise ExportError(f"{source} is no directory, and downloading from the hub is not there yet; "
+                          "download the model and pass its directory")
+    path = os.path.realpath(source)
+    snapshot = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$", path)
+    if snapshot:
+        return Source(path, snapshot[1].replace("--", "/"), snapshot[2])
+    return Source(path, os.path.basename(path), "unknown")
+
+
+def card_license(directory):
+    """What README.md's front matter has as `license:`, or None."""
+    path = os.path.join(directory, "README.md")
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        text = file.read(1 << 16).decode("utf-8", "replace")
+    front = re.match(r"---\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
+    line = front and re.search(r"^license:[ \t]*['\"]?([\w.-]+)", front[1], re.MULTILINE)
+    return line and line[1]
+
+
+def about_section(source, config):
+    """Lines of key TAB value."""
+    called = config.get("_name_or_path")
+    called = called.rstrip("/") if isinstance(called, str) else ""
+    name = os.path.basename(called or source.name)
+    about = {"name": name, "source": source.name if called in source.name else f"{source.name} ({called})",
+             "revision": source.revision, "license": "unknown", "attribution": "unknown",
+             "citation": "unknown", "exporter": f"{PROGRAM}, format {FORMAT_VERSION}"}
+    if name.lower().startswith("kl3m"):
+        about.update(KL3M)
+    about["license"] = card_license(source.directory) or about["license"]
+    lines = (f"{key}\t" + re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", value) for key, value in about.items())
+    return "".join(line + "\n" for line in lines).encode("utf-8", "replace")
+
+
+# ---- The file ----
+
+Section = namedtuple("Section", "name type rows cols layout size blocks")   # blocks: iterable of bytes
+
+BYTES, F32 = 0, 1   # section types
+
+
+def read_sections(source):
+    """All sections in order, everything checked; weights are read when their blocks are asked for."""
+    config_json = read_object(source.directory, "config.json")
+    config = read_config(config_json)
+    tensors = read_tensors(source.directory)
+    config = config._replace(kv_heads=count_kv_heads(config, tensors))
+    check_tensors(config, tensors)
+    texts = {"config": config_section(config), "about": about_section(source, config_json),
+             "tokenizer": tokenizer_section(read_object(source.directory, "tokenizer.json"), config.vocab)}
+    return [Section(name, BYTES, 0, 0, 0, len(data), [data]) for name, data in texts.items()] + [
+        Section(weight.name, F32, weight.rows, weight.cols, int(weight.kind == PANELS), weight_size(weight),
+                weight_blocks(config, weight, tensors[weight.source])) for weight in tensor_table(config)]
+
+
+def place(sections):
+    """Each section's offset, a multiple of 64, and the file's size."""
+    offsets, end = [], 64 + 96 * len(sections)
+    for section in sections:
+        offsets.append((end + 63) // 64 * 64)
+        end = offsets[-1] + section.size
+    return offsets, end
+
+
+def write_sections(file, sections, progress):
+    """The sections, then, with their checksums known, header and table in front of them."""
+    offsets, file_size = place(sections)
+    table = b""
+    for section, offset in zip(sections, offsets):
+        file.seek(offset)   # bytes skipped read as zeros
+        checksum = 0
+        for block in section.blocks:
+            file.write(block)
+            checksum = zlib.crc32(block, checksum)
+            progress.show(section.name, file.tell())
+        table += struct.pack("<56sIIQQIIII", section.name.encode(), section.type, checksum, offset,
+                             section.size, section.rows, section.cols, section.layout, 0)
+    head = struct.pack("<8sIIQ", b"KL3M\r\n\x1a\n", FORMAT_VERSION, len(sections), file_size)
+    file.seek(0)
+    file.write(head + struct.pack("<I36x", zlib.crc32(head + table)) + table)
+
+
+def check_target(out, needed):
+    """OUT's real path, if that many bytes can be written there."""
+    path = os.path.realpath(out)   # a link is followed, not replaced
+    folder = os.path.dirname(path)
+    what, other, plain = f"cannot write {out}", "pass another -o", os.path.isfile(path)
+    expect(os.path.isdir(folder), what, folder, "a directory", "create it")
+    expect(plain or not os.path.exists(path), what, path, "a plain file or a new one", other)
+    expect(not path.endswith((".json", ".safetensors")), what, path, "no name of a source's file", other)
+    free = shutil.disk_usage(folder).free
+    expect(free >= needed, what, free, f"{needed} bytes of room", "make room or " + other)
+    return path
+
+
+def write_model(out, sections, progress):
+    """Write OUT whole or not at all, by way of a temporary file beside it."""
+    path = check_target(out, progress.total)
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    try:
+        with open(part, "xb") as file:
+            write_sections(file, sections, progress)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise ExportError(f"cannot write {out}: {error}; nothing is left there")
+    finally:
+        if os.path.lexists(part):
+            os.unlink(part)
+        progress.line("")
+
+
+# ---- Command line ----
+
+STOPPERS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+class Progress:
+    """A bar on standard error if that is a terminal, drawn at most ten times a second."""
+
+    def __init__(self, total):
+        self.total, self.start, self.drawn = total, time.monotonic(), 0.0
+        self.on = sys.stderr.isatty()
+
+    def show(self, name, done):
+        now = time.monotonic()
+        if self.on and now - self.drawn > 0.1:
+            self.drawn = now
+            bar, rate = "#" * (20 * done // self.total), done / (now - self.start + 0.001) / 1e6
+            self.line(f"[{bar:20}] {done / 1e6:.0f} of {self.total / 1e6:.0f} MB, {rate:.0f} MB/s  {name}")
+
+    def line(self, text):
+        if self.on:
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + text[:width].ljust(width), end="\r", file=sys.stderr, flush=True)
+
+
+class Stopped(BaseException):
+    """A signal to end, as an exception, so that the temporary file is removed on the way out."""
+
+
+def stop(number, _frame):
+    for other in STOPPERS:   # a second one must not disturb that
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def export(source, out):
+    start = time.monotonic()
+    source = resolve(source)
+    out = os.path.basename(source.directory) + ".bin" if out is None else out
+    sections = read_sections(source)
+    progress = Progress(place(sections)[1])
+    write_model(out, sections, progress)
+    print(f"{PROGRAM}: wrote {out}: {progress.total / 1e6:.1f} MB in "
+          f"{time.monotonic() - start:.1f} s", file=sys.stderr)
+
+
+def main():
+    sys.stderr = sys.stderr or open(os.devnull, "w")   # it may have been closed
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, allow_abbrev=False,
+        description="Turn a GPT-NeoX model in Hugging Face layout into the one file that kl3m reads.")
+    parser.add_argument("source", metavar="SOURCE", help="directory with config.json, tokenizer.json and "
+                        "model.safetensors (or its index and shards)")
+    parser.add_argument("-o", "--output", metavar="OUT", help="the file to write (default: the base name "
+                        "of SOURCE's real path + .bin, in the current directory)")
+    arguments = parser.parse_args()
+    for number in STOPPERS:
+        if signal.getsignal(number) != signal.SIG_IGN:   # as nohup leaves SIGHUP
+            signal.signal(number, stop)
+    try:
+        export(arguments.source, arguments.output)
+    except (ExportError, OSError, RecursionError, MemoryError) as error:
+        print(f"{PROGRAM}: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"{PROGRAM}: stopped", file=sys.stderr)
+        return 128 + stopped.args[0]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2633 @@
+#ifndef KIND   // the whole file but room 4, which it includes once for each kind of CPU
+// kl3m: runs ALEA Institute's KL3M legal language models (GPT-NeoX) on a plain computer.
+//
+//     ./kl3m -p "Governing Law.\n" -t 0.3 -n 32
+//
+// The promise: a logit is a pure function of the model file and the tokens before it. It is the same to the last bit
+// for any number of threads, any neighbours in the pass, any split of the prompt, any compiler, and on AVX-512, AVX2,
+// NEON and plain C. Four rules keep it:
+//   Rule 1. A sum is one chain of fused multiply-adds in the order of the inner dimension, one chain for each output; or,
+//      where outputs are few (norms, softmax), 16 partial sums of every 16th term, folded in one fixed tree. A SIMD
+//      lane is an output or one of the 16, so the width of the CPU's vectors changes nothing.
+//   Rule 2. Multiplications and additions are fused where FMA is written and nowhere else: -ffp-contract=off.
+//   Rule 3. exp, the normal distribution, sines and powers are ours: a C library promises no bits. Square root and
+//      division are IEEE 754's, which does.
+//   Rule 4. Threads, batch and split choose which outputs are computed when, never how. A row reads the keys and values
+//      up to its own position and nothing behind it.
+// They hold for finite numbers; logits that are not finite are reported as a fault of the model.
+//
+// Everything the network computes is laid out in blocks of 16 columns, so that the result of one product is ready to
+// be the input of the next:
+//   weights     panels [outputs / 16][inputs][16]: a lane is an output, the inner dimension is walked in order
+//   activations tiles  [rows / 12][columns / 16][12][16]: what twelve rows of a pass need, in the order they need it
+//   keys        [32 positions / 16][head size][16]: panels whose outputs are positions
+//   values      [head size / 16][32 positions][16]: panels whose inputs are positions
+// One kernel, `product`, computes the linear layers, q k^T and p v.
+//
+// The rooms, each of which calls only those above it:
+//    1. Ground        errors, memory, files
+//    2. Model file    header, sections, checks; the weights stay where the file is mapped
+//    3. Lanes         the kinds of CPU: vector width, fused multiply-add
+//    4. Kernels       arithmetic over blocks and tiles
+//    5. Threads       parallel(pieces)
+//    6. KV cache      pages of keys and values, sequences that share them
+//    7. Forward       rows in, logits out
+//    8. Sampling      logits in, one token out
+//    9. Scheduling    requests, the rows of the next pass, stop rules
+//   10. Input         prompts: lines, escapes
+//   11. Output        text and JSON, in the order of the prompts
+//   12. Commands      generate, tokenize, detokenize, logits, info, verify
+//   13. Options       the table that the parser and --help read
+//   14. Main
+
+#define _GNU_SOURCE   // sched_getaffinity, madvise; macOS ignores it
+#include "tokenizer.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "-ffast-math, -Ofast and -ffinite-math-only change results: kl3m must be compiled without them"
+#endif
+_Static_assert(FLT_EVAL_METHOD == 0, "kl3m needs float arithmetic in float (on x86-32: -msse2 -mfpmath=sse)");
+_Static_assert(sizeof(float) == 4 && sizeof(void *) == 8, "kl3m needs a 64-bit machine with IEEE floats");
+
+#define VERSION "0.1"
+
+enum {
+    BLOCK = 16,                 // columns of a block, and the partial sums of rule 1
+    TILE = 12,                  // rows of a tile
+    PAGE = 32,                  // positions of a page of keys and values
+    PAIR = 2 * BLOCK,           // outputs a call of `product` computes: dimensions are padded to it
+    BLOCK_FLOATS = TILE * BLOCK,
+    MAX_STOPS = 64,
+};
+
+// ---- 1. Ground ----
+// What every other room stands on. A fault ends in one of three ways: usage_error (exit status 2), die (1), or, for
+// one prompt among many, a message kept in its request (3). From here on the rest may assume that memory asked for
+// is there and that what was interrupted leaves no half-written file behind.
+
+enum { OK = 0, FAILED = 1, USAGE = 2, SOME_FAILED = 3, INTERRUPTED = 130, TERMINATED = 143 };
+
+static const char *unfinished_file;            // removed if the program ends before it is whole
+static volatile sig_atomic_t interrupted;      // the exit status a signal asked for, or 0
+
+__attribute__((noreturn, format(printf, 1, 2)))
+static void die(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fflush(stdout);                            // what is finished is not lost
+    fputs("kl3m: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    if (unfinished_file) unlink(unfinished_file);
+    _exit(FAILED);
+}
+
+#define USAGE_LINE "usage: kl3m -p TEXT | -f FILE | < PROMPTS, a prompt a line"
+
+__attribute__((noreturn, format(printf, 1, 2)))
+static void usage_error(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    if (strcmp(format, USAGE_LINE) != 0) fputs("kl3m: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputs("; kl3m --help lists the options\n", stderr);
+    exit(USAGE);
+}
+
+// Memory for n objects of a size, aligned for any vector and zeroed; never NULL.
+static void *allocate(size_t n, size_t size) {
+    size_t bytes;
+    bool too_much = __builtin_mul_overflow(n, size, &bytes) || bytes > SIZE_MAX / 2;
+    void *memory = too_much ? NULL : aligned_alloc(64, bytes / 64 * 64 + 64);
+    if (memory == NULL)
+        die("out of memory: %zu times %zu bytes were asked for; smaller --batch, --rows or -n need less", n, size);
+    memset(memory, 0, bytes);
+    return memory;
+}
+
+// Room for at least `need` bytes in a buffer that grows.
+static void *grow(void *memory, size_t *room, size_t need) {
+    if (need <= *room) return memory;
+    size_t more = need > SIZE_MAX / 4 ? 0 : *room ? *room : 256;
+    while (more && more < need) more *= 2;
+    memory = more ? realloc(memory, more) : NULL;
+    if (memory == NULL) die("out of memory: %zu bytes were asked for", need);
+    *room = more;
+    return memory;
+}
+
+// A string of bytes that grows.
+typedef struct { char *data; size_t size, room; } Bytes;
+
+static void append(Bytes *b, const void *data, size_t n) {
+    b->data = grow(b->data, &b->room, b->size + n + 1);
+    if (n) memcpy(b->data + b->size, data, n);
+    b->size += n;
+    b->data[b->size] = 0;
+}
+
+static void append_string(Bytes *b, const char *s) { append(b, s, strlen(s)); }
+
+__attribute__((format(printf, 1, 2)))
+static char *format_string(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    char *s = NULL;
+    if (vasprintf(&s, format, arguments) < 0) die("out of memory");
+    va_end(arguments);
+    return s;
+}
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// The first signal asks the program to finish what it has; a second one ends it.
+static void on_signal(int number) {
+    if (interrupted) {
+        if (unfinished_file) unlink(unfinished_file);
+        _exit(interrupted);
+    }
+    interrupted = number == SIGTERM ? TERMINATED : INTERRUPTED;
+}
+
+static void write_all(FILE *f, const void *data, size_t n, const char *name) {
+    if (fwrite(data, 1, n, f) != n) die("cannot write to %s: %s", name, strerror(errno));
+}
+
+// Ends the program, as a write would, once nobody reads its output any more: the rest need not be computed.
+static void check_reader(void) {
+    struct pollfd out = { .fd = STDOUT_FILENO };
+    if (poll(&out, 1, 0) > 0 && out.revents & POLLERR) raise(SIGPIPE);
+}
+
+static void flush_stdout(void) {
+    if (fflush(stdout) != 0) die("cannot write to standard output: %s", strerror(errno));
+}
+
+// A file that appears under its name when it is whole and not before. What is no regular file (a pipe, /dev/null) is
+// written as it is.
+typedef struct { FILE *file; const char *name; char *temporary; } Output;
+
+static Output output_open(const char *name) {
+    struct stat s;
+    bool direct = stat(name, &s) == 0 && !S_ISREG(s.st_mode);
+    Output out = { .name = name, .temporary = direct ? NULL : format_string("%s.%ld.part", name, (long)getpid()) };
+    out.file = fopen(direct ? name : out.temporary, "wb");
+    if (out.file == NULL) die("cannot write %s: %s", name, strerror(errno));
+    unfinished_file = out.temporary;
+    return out;
+}
+
+static void output_close(Output *out, bool whole) {
+    if (fclose(out->file) != 0) die("cannot write %s: %s", out->name, strerror(errno));
+    if (out->temporary == NULL) return;
+    if (!whole) unlink(out->temporary);
+    else if (rename(out->temporary, out->name) != 0) die("cannot write %s: %s", out->name, strerror(errno));
+    unfinished_file = NULL;
+    free(out->temporary);
+}
+
+// ---- 2. Model file ----
+// One file: header, table of sections, sections (README.md has the layout). It is mapped and used where it lies. Here
+// every number in it is checked before it is used; from here on the rest may assume that each pointer in a Model
+// leads to as many floats as its comment says and that the tokenizer's tables are sound.
+
+enum { FORMAT_VERSION = 1, TYPE_BYTES = 0, TYPE_F32 = 1, ROW_MAJOR = 0, PANELS = 1 };
+
+typedef struct {
+    char magic[8];
+    uint32_t version, sections;
+    uint64_t file_size;
+    uint32_t directory_crc;    // of the 24 bytes before it and of the table of sections
+    uint8_t zero[36];
+} FileHeader;
+_Static_assert(sizeof(FileHeader) == 64, "as on disk");
+
+typedef struct {
+    char name[56];
+    uint32_t type, crc;
+    uint64_t offset, size;     // bytes; offsets are multiples of 64
+    uint32_t rows, cols, layout, zero;
+} Section;
+_Static_assert(sizeof(Section) == 96, "as on disk");
+
+typedef struct {
+    uint32_t hidden, layers, heads, kv_heads, head_size, rotary_dims, intermediate, vocab, context;
+    uint32_t parallel_residual, zero[2];
+    double rotary_base, layer_norm_eps;
+} FileConfig;
+_Static_assert(sizeof(FileConfig) == 64, "as on disk");
+
+typedef struct {
+    int hidden, layers, heads, kv_heads, head_size, rotary_dims, intermediate, vocab, context;
+    bool parallel_residual;    // x + attention(norm1(x)) + mlp(norm2(x)), else one after the other
+    double rotary_base, eps;
+    int q, kv, qkv;            // columns: heads * head_size, kv_heads * head_size, q + 2 kv
+} Config;
+
+typedef struct {               // matrices are panels [outputs][inputs], vectors are padded to a multiple of PAIR
+    const float *norm1, *norm1_bias, *norm2, *norm2_bias;    // [hidden]
+    const float *qkv, *qkv_bias;                             // [q + 2 kv][hidden]: all of Q, all of K, all of V
+    const float *dense, *dense_bias;                         // [hidden][q]
+    const float *up, *up_bias;                               // [intermediate][hidden]
+    const float *down, *down_bias;                           // [hidden][intermediate]
+} Layer;
+
+typedef struct {
+    const char *path;
+    const uint8_t *map;
+    size_t size;
+    const Section *sections;
+    uint32_t n_sections;
+    Config c;
+    Tokenizer tokenizer;
+    uint32_t start_token, end_token;
+    const char *about;         // "key\tvalue\n" lines, about_size bytes
+    size_t about_size;
+    const float *embed_in;     // [vocab][hidden] row-major, unpadded
+    Layer *layers;             // [layers]
+    const float *norm, *norm_bias;   // [hidden]
+    const float *embed_out;    // panels [vocab][hidden]
+} Model;
+
+static int padded(int n) { return (n + PAIR - 1) / PAIR * PAIR; }
+
+// CRC-32 as in zlib (reflected 0xEDB88320), eight bytes a step over eight tables ("slicing by 8", Kounavis and Berry
+// 2005).
+static uint32_t crc32_of(uint32_t crc, const uint8_t *data, size_t n) {
+    static uint32_t table[8][256];
+    if (table[0][1] == 0) {
+        for (uint32_t i = 0; i < 256; i++) {
+            uint32_t c = i;
+            for (int bit = 0; bit < 8; bit++) c = c >> 1 ^ (c & 1 ? 0xEDB88320u : 0);
+            table[0][i] = c;
+        }
+        for (int k = 1; k < 8; k++)
+            for (int i = 0; i < 256; i++) table[k][i] = table[k - 1][i] >> 8 ^ table[0][table[k - 1][i] & 255];
+    }
+    crc = ~crc;
+    for (; n >= 8; n -= 8, data += 8) {
+        uint32_t low, high;
+        memcpy(&low, data, 4);
+        memcpy(&high, data + 4, 4);
+        low ^= crc;
+        crc = table[7][low & 255] ^ table[6][low >> 8 & 255] ^ table[5][low >> 16 & 255] ^ table[4][low >> 24] ^
+              table[3][high & 255] ^ table[2][high >> 8 & 255] ^ table[1][high >> 16 & 255] ^ table[0][high >> 24];
+    }
+    while (n--) crc = crc >> 8 ^ table[0][(crc ^ *data++) & 255];
+    return ~crc;
+}
+
+static const Section *find_section(const Model *m, const char *name) {
+    static uint32_t at;        // sections are mostly asked for in their order: the search goes on behind the last
+    for (uint32_t i = 0; i < m->n_sections; i++, at++) {
+        if (at >= m->n_sections) at = 0;
+        if (strcmp(m->sections[at].name, name) == 0) return &m->sections[at];
+    }
+    die("%s: the section %s is missing; export the model again", m->path, name);
+}
+
+// The weights of a section, checked to be f32 [rows][cols] in the layout the program expects.
+static const float *find_tensor(const Model *m, const char *name, int rows, int cols, uint32_t layout) {
+    const Section *s = find_section(m, name);
+    uint64_t floats = layout == PANELS ? (uint64_t)padded(rows) * (uint64_t)cols
+                    : rows == 1 ? (uint64_t)padded(cols) : (uint64_t)rows * (uint64_t)cols;
+    if (s->type != TYPE_F32 || s->rows != (uint32_t)rows || s->cols != (uint32_t)cols || s->layout != layout ||
+        s->size != 4 * floats)
+        die("%s: %s: found type %u, %u x %u, layout %u, %llu bytes; expected type %d, %d x %d, layout %u, %llu bytes; "
+            "export the model again", m->path, name, s->type, s->rows, s->cols, s->layout,
+            (unsigned long long)s->size, TYPE_F32, rows, cols, layout, 4 * (unsigned long long)floats);
+    return (const float *)(m->map + s->offset);
+}
+
+static const float *layer_tensor(const Model *m, int layer, const char *name, int rows, int cols, uint32_t layout) {
+    char full[96];
+    snprintf(full, sizeof full, "layers.%d.%s", layer, name);
+    return find_tensor(m, full, rows, cols, layout);
+}
+
+static void read_config(Model *m) {
+    const Section *s = find_section(m, "config");
+    FileConfig f;
+    if (s->type != TYPE_BYTES || s->size != sizeof f) die("%s: the config has a wrong size; export it again", m->path);
+    memcpy(&f, m->map + s->offset, sizeof f);
+    // Limits far above any model of the family, low enough that no product of two of them overflows.
+    struct { const char *name; uint32_t value, least, most; } checks[] = {
+        { "hidden", f.hidden, 1, 1 << 16 }, { "layers", f.layers, 1, 1 << 12 }, { "heads", f.heads, 1, 1 << 12 },
+        { "kv_heads", f.kv_heads, 1, f.heads }, { "head_size", f.head_size, 1, 1 << 12 },
+        { "rotary_dims", f.rotary_dims, 0, f.head_size }, { "intermediate", f.intermediate, 1, 1 << 18 },
+        { "vocab", f.vocab, 1, 1 << 22 }, { "context", f.context, 1, 1 << 20 },
+        { "parallel_residual", f.parallel_residual, 0, 1 },
+    };
+    for (size_t i = 0; i < sizeof checks / sizeof *checks; i++)
+        if (checks[i].value < checks[i].least || checks[i].value > checks[i].most)
+            die("%s: config: %s is %u, expected %u to %u; export the model again", m->path, checks[i].name,
+                checks[i].value, checks[i].least, checks[i].most);
+    if (f.hidden != f.heads * f.head_size || f.heads % f.kv_heads != 0 || f.rotary_dims % 2 != 0 ||
+        !(f.rotary_base >= 1 && f.rotary_base <= 1e12) || !(f.layer_norm_eps >= 0 && f.layer_norm_eps <= 1))
+        die("%s: config: the sizes contradict each other; export the model again", m->path);
+    m->c = (Config){
+        .hidden = (int)f.hidden, .layers = (int)f.layers, .heads = (int)f.heads, .kv_heads = (int)f.kv_heads,
+        .head_size = (int)f.head_size, .rotary_dims = (int)f.rotary_dims, .intermediate = (int)f.intermediate,
+        .vocab = (int)f.vocab, .context = (int)f.context, .parallel_residual = f.parallel_residual,
+        .rotary_base = f.rotary_base, .eps = f.layer_norm_eps, .q = (int)(f.heads * f.head_size),
+        .kv = (int)(f.kv_heads * f.head_size), .qkv = (int)((f.heads + 2 * f.kv_heads) * f.head_size),
+    };
+}
+
+static void read_tokenizer(Model *m) {
+    const Section *s = find_section(m, "tokenizer");
+    const char *flaw = tokenizer_open(&m->tokenizer, m->map + s->offset, s->size);
+    if (flaw) die("%s: %s; export the model again", m->path, flaw);
+    m->start_token = tokenizer_find_added(&m->tokenizer, "<|start|>");
+    m->end_token = tokenizer_find_added(&m->tokenizer, "<|end|>");   // none: generation ends by length alone
+    if (m->tokenizer.tokens > (uint32_t)m->c.vocab)
+        die("%s: %u tokens but %d rows of weights; export the model again", m->path, m->tokenizer.tokens, m->c.vocab);
+}
+
+static void read_tensors(Model *m) {
+    const Config *c = &m->c;
+    m->embed_in = find_tensor(m, "embed_in.weight", c->vocab, c->hidden, ROW_MAJOR);
+    m->layers = allocate((size_t)c->layers, sizeof *m->layers);
+    for (int i = 0; i < c->layers; i++) {
+        Layer *l = &m->layers[i];
+        struct { const char *name; const float **field; int rows, cols; uint32_t layout; } table[] = {
+            { "input_layernorm.weight", &l->norm1, 1, c->hidden, ROW_MAJOR },
+            { "input_layernorm.bias", &l->norm1_bias, 1, c->hidden, ROW_MAJOR },
+            { "post_attention_layernorm.weight", &l->norm2, 1, c->hidden, ROW_MAJOR },
+            { "post_attention_layernorm.bias", &l->norm2_bias, 1, c->hidden, ROW_MAJOR },
+            { "attention.query_key_value.weight", &l->qkv, c->qkv, c->hidden, PANELS },
+            { "attention.query_key_value.bias", &l->qkv_bias, 1, c->qkv, ROW_MAJOR },
+            { "attention.dense.weight", &l->dense, c->hidden, c->q, PANELS },
+            { "attention.dense.bias", &l->dense_bias, 1, c->hidden, ROW_MAJOR },
+            { "mlp.dense_h_to_4h.weight", &l->up, c->intermediate, c->hidden, PANELS },
+            { "mlp.dense_h_to_4h.bias", &l->up_bias, 1, c->intermediate, ROW_MAJOR },
+            { "mlp.dense_4h_to_h.weight", &l->down, c->hidden, c->intermediate, PANELS },
+            { "mlp.dense_4h_to_h.bias", &l->down_bias, 1, c->hidden, ROW_MAJOR },
+        };
+        for (size_t t = 0; t < sizeof table / sizeof *table; t++)
+            *table[t].field = layer_tensor(m, i, table[t].name, table[t].rows, table[t].cols, table[t].layout);
+    }
+    m->norm = find_tensor(m, "final_layer_norm.weight", 1, c->hidden, ROW_MAJOR);
+    m->norm_bias = find_tensor(m, "final_layer_norm.bias", 1, c->hidden, ROW_MAJOR);
+    m->embed_out = find_tensor(m, "embed_out.weight", c->vocab, c->hidden, PANELS);
+}
+
+static void check_directory(const Model *m) {
+    const FileHeader *h = (const FileHeader *)m->map;
+    const char *again = "export the model again, or copy it again";
+    if (m->size < sizeof *h) die("%s: %zu bytes are no model; %s", m->path, m->size, again);
+    if (memcmp(h->magic, "KL3M\r\n\x1a\n", 8) != 0)
+        die("%s is not a kl3m model; export_weights.py makes one", m->path);
+    if (h->version != FORMAT_VERSION)
+        die("%s has version %u of the format, this program reads version %d: export the model again", m->path,
+            h->version, FORMAT_VERSION);
+    if (h->file_size != m->size)
+        die("%s has %zu bytes and should have %llu: it was cut or changed; %s", m->path, m->size,
+            (unsigned long long)h->file_size, again);
+    if (h->sections > (m->size - sizeof *h) / sizeof(Section))
+        die("%s: %u sections do not fit in the file; %s", m->path, h->sections, again);
+    uint32_t crc = crc32_of(crc32_of(0, m->map, 24), m->map + sizeof *h, h->sections * sizeof(Section));
+    if (crc != h->directory_crc) die("%s: the table of sections is damaged; %s", m->path, again);
+    const Section *s = (const Section *)(m->map + sizeof *h);
+    for (uint32_t i = 0; i < h->sections; i++, s++)
+        if (memchr(s->name, 0, sizeof s->name) == NULL || s->offset % 64 != 0 || s->offset > m->size ||
+            s->size > m->size - s->offset)
+            die("%s: section %u lies outside the file; %s", m->path, i, again);
+}
+
+// Maps and checks a model file. No weight is read: that is for `forward` and --verify.
+static Model model_open(const char *path) {
+    Model m = { .path = path };
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat s;
+    if (fd < 0 || fstat(fd, &s) != 0) die("cannot open the model %s: %s", path, strerror(errno));
+    if (S_ISDIR(s.st_mode))
+        die("%s is a directory, not a model file; make one with: python3 export_weights.py %s", path, path);
+    if (!S_ISREG(s.st_mode)) die("%s is not a regular file, so it cannot be mapped", path);
+    m.size = (size_t)s.st_size;
+    void *map = m.size ? mmap(NULL, m.size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
+    if (map == MAP_FAILED) die("cannot map the model %s: %s", path, strerror(errno));
+    close(fd);
+    m.map = map;
+    check_directory(&m);
+    const FileHeader *h = (const FileHeader *)m.map;
+    m.sections = (const Section *)(m.map + sizeof *h);
+    m.n_sections = h->sections;
+    read_config(&m);
+    read_tokenizer(&m);
+    const Section *about = find_section(&m, "about");
+    m.about = (const char *)m.map + about->offset;
+    m.about_size = about->size;
+    read_tensors(&m);
+    return m;
+}
+
+static void model_close(Model *m) {
+    free(m->layers);
+    munmap((void *)(uintptr_t)m->map, m->size);
+}
+
+// ---- 3. Lanes ----
+// What differs between kinds of CPU, and all of it: a vector's width, how many rows of sums fit in the registers
+// (ROWS x VECTORS accumulators), the fused multiply-add and the splat. Room 4 is compiled once for each kind by
+// including this file again with these set (an editor may grey it out). Compiler vectors do the rest. Which kind runs
+// is decided when the program starts; no kind gives other bits, only other speeds.
+
+typedef struct {
+    const char *name;
+    void (*product)(int rows, int k, const float *a, const float *w, long stride, const float *ahead, float *c,
+                    bool add);
+    void (*finish)(int rows, const float *c, const float *bias, const float *bias2, const float *residual, bool gelu,
+                   float *out, long row_stride, long block_stride);
+    void (*layer_norm)(int rows, int n, float eps, const float *x, const float *weight, const float *bias, float *y);
+    float (*softmax)(int keys, float *scores);
+} Kernels;
+
+// Named sums, not an array of them: gcc and clang keep an array of vectors in memory unless every loop over it is
+// unrolled early enough, which neither promises (measured: clang 14 ran three times slower).
+#define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define EACH_COUNT(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12)
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(x) JOIN(x, KIND)
+enum { PREFETCH = 2048 };   // floats ahead of the weights in use: 8 KB (measured: 24 rows 41 ms without, 33 with)
+
+#if defined(__x86_64__)
+#define KIND avx512
+#define TARGET __attribute__((target("avx512f,fma")))
+#define LANES 16
+#define ROWS 12
+#define PANELS_AT_ONCE 2
+#define FMA(a, b, c) (vec)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
+#define SPLAT(x) (vec)_mm512_set1_ps(x)
+#include "kl3m.c"
+#undef KIND
+
+#define KIND avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define ROWS 6
+#define PANELS_AT_ONCE 1
+#define FMA(a, b, c) (vec)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
+#define SPLAT(x) (vec)_mm256_set1_ps(x)
+#include "kl3m.c"
+#undef KIND
+
+#elif defined(__aarch64__)
+#define KIND neon
+#define TARGET
+#define LANES 4
+#define ROWS 6
+#define PANELS_AT_ONCE 1
+#define FMA(a, b, c) (vec)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b))
+#define SPLAT(x) (vec)vdupq_n_f32(x)
+#include "kl3m.c"
+#undef KIND
+#endif
+
+// For CPUs without a fused multiply-add: the C library's fmaf is exact everywhere, and slow.
+#define KIND portable
+#define TARGET
+#define LANES 4
+#define ROWS 2
+#define PANELS_AT_ONCE 1
+#define FMA(a, b, c) (vec){ fmaf((a)[0], (b)[0], (c)[0]), fmaf((a)[1], (b)[1], (c)[1]), \
+                            fmaf((a)[2], (b)[2], (c)[2]), fmaf((a)[3], (b)[3], (c)[3]) }
+#define SPLAT(x) (vec){ x, x, x, x }
+#include "kl3m.c"
+#undef KIND
+
+// The kernels of this name, or with NULL the fastest that this CPU runs; NULL if it has none such.
+static const Kernels *choose_kernels(const char *name) {
+    struct { const Kernels *kernels; bool here; } kinds[] = {
+#if defined(__x86_64__)
+        { &kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma") },
+        { &kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") },
+#elif defined(__aarch64__)
+        { &kernels_neon, true },
+#endif
+        { &kernels_portable, true },
+    };
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (kinds[i].here && (name == NULL || strcmp(name, kinds[i].kernels->name) == 0)) return kinds[i].kernels;
+    return NULL;
+}
+
+#endif   // not KIND
+
+#ifdef KIND
+// ---- 4. Kernels ----
+// Arithmetic over pointers and sizes, compiled once for each kind of CPU. A tile's row r has its block b at
+// tile + b * BLOCK_FLOATS + r * BLOCK. Nothing here knows a model, a thread or a position.
+
+#define PER_BLOCK (BLOCK / LANES)                  // vectors in a block of 16
+#define VECTORS (PER_BLOCK * PANELS_AT_ONCE)       // vectors of outputs that `product_rows` computes: 2 or 4
+#define INLINE static inline __attribute__((always_inline)) TARGET
+typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES)));
+#define vec NAME(vec)
+#define ivec NAME(ivec)
+#define LOAD(p) (*(const vec *)(p))
+#define STORE(p, v) (*(vec *)(p) = (v))
+#define SELECT(mask, yes, no) (vec)(((mask) & (ivec)(yes)) | (~(mask) & (ivec)(no)))
+
+// The place of vector v of row r in a tile of outputs, and of vector v among the panels' weights.
+#define OUT(v, r) (c + (v) / PER_BLOCK * BLOCK_FLOATS + (r) * BLOCK + (v) % PER_BLOCK * LANES)
+#define WEIGHT(v) LOAD(w + (v) / PER_BLOCK * stride + (v) % PER_BLOCK * LANES)
+#define START(r) \
+    vec s##r = {0}, t##r = {0}, u##r = {0}, v##r = {0}; \
+    if (r < R && add) { \
+        s##r = LOAD(OUT(0, r)), t##r = LOAD(OUT(1, r)); \
+        if (VECTORS > 2) u##r = LOAD(OUT(2, r)), v##r = LOAD(OUT(3, r)); \
+    }
+#define STEP(r) \
+    if (r < R) { \
+        vec x = SPLAT(a[r * BLOCK + i]); \
+        s##r = FMA(x, w0, s##r), t##r = FMA(x, w1, t##r); \
+        if (VECTORS > 2) u##r = FMA(x, w2, u##r), v##r = FMA(x, w3, v##r); \
+    }
+#define FINISH(r) \
+    if (r < R) { \
+        STORE(OUT(0, r), s##r), STORE(OUT(1, r), t##r); \
+        if (VECTORS > 2) STORE(OUT(2, r), u##r), STORE(OUT(3, r), v##r); \
+    }
+
+// c[r][j] = (add ? c[r][j] : 0) + sum over i < k of a[r][i] * w[j][i], for R rows (a constant in each copy) and the
+// outputs of PANELS_AT_ONCE panels: rule 1's chains, as many at a time as the registers hold.
+INLINE void NAME(product_rows)(const int R, int k, const float *a, const float *w, long stride, const float *ahead,
+                               float *c, bool add) {
+    EACH_ROW(START)
+    for (int done = 0; done < k; done += BLOCK, a += BLOCK_FLOATS) {
+        int n = k - done < BLOCK ? k - done : BLOCK;
+        for (int i = 0; i < n; i++, w += BLOCK, ahead += BLOCK) {
+            vec w0 = WEIGHT(0), w1 = WEIGHT(1), w2 = VECTORS > 2 ? WEIGHT(2) : w0, w3 = VECTORS > 2 ? WEIGHT(3) : w1;
+            __builtin_prefetch(ahead);
+            if (PANELS_AT_ONCE > 1) __builtin_prefetch(ahead + stride);
+            EACH_ROW(STEP)
+            (void)w2, (void)w3;
+        }
+    }
+    EACH_ROW(FINISH)
+}
+
+// The same for 1 to TILE rows and PAIR outputs: a [k / 16][12][16], w two panels [k][16] that lie `stride` floats
+// apart, c [2][12][16]. `ahead` is what will be read next, at the same stride.
+static TARGET __attribute__((noinline))
+void NAME(product)(int rows, int k, const float *a, const float *w, long stride, const float *ahead, float *c,
+                   bool add) {
+    for (int panel = 0; panel < 2; panel += PANELS_AT_ONCE) {
+        for (int r = 0; r < rows; r += ROWS) {
+            switch (rows - r < ROWS ? rows - r : ROWS) {
+#define CASE(n) case n: \
+                if (n <= ROWS) NAME(product_rows)(n, k, a + r * BLOCK, w, stride, ahead, c + r * BLOCK, add); \
+                break;
+                EACH_COUNT(CASE)
+#undef CASE
+            }
+        }
+        w += stride, ahead += stride, c += BLOCK_FLOATS;
+    }
+}
+
+// e^x to 1.5 units in the last place for x in [-86, 86]; 0 below, where a float would lose digits; above, e^86.
+// x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite 1980), e^r by its Taylor polynomial of degree 7.
+INLINE vec NAME(exp_vec)(vec x) {
+    const vec round = SPLAT(12582912.0f);          // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    ivec tiny = x < SPLAT(-86.0f);
+    x = SELECT(tiny, SPLAT(-86.0f), x);
+    x = SELECT(x > SPLAT(86.0f), SPLAT(86.0f), x);
+    vec shifted = FMA(x, SPLAT(1.44269504f), round), n = shifted - round;
+    vec r = FMA(n, SPLAT(-0.693359375f), x);       // ln 2 in two parts, the first with 9 bits: n times it is exact
+    r = FMA(n, SPLAT(2.12194440e-4f), r);
+    vec p = SPLAT(1.0f / 5040);
+    p = FMA(p, r, SPLAT(1.0f / 720));
+    p = FMA(p, r, SPLAT(1.0f / 120));
+    p = FMA(p, r, SPLAT(1.0f / 24));
+    p = FMA(p, r, SPLAT(1.0f / 6));
+    p = FMA(p, r, SPLAT(0.5f));
+    p = FMA(p, r, SPLAT(1.0f));
+    p = FMA(p, r, SPLAT(1.0f));
+    ivec bits = (ivec)p + (((ivec)shifted - (ivec)round) << 23);
+    return (vec)(bits & ~tiny);
+}
+
+// x Phi(x), Phi the normal distribution: the GELU of Hendrycks and Gimpel (2016), not its tanh approximation.
+// Phi(-a) = e^-R(a) for a >= 0; R is a minimax polynomial of degree 10 for -ln Phi(-a) on [0, 6], weighted so that
+// Phi is within 6e-8 everywhere; it goes on growing beyond 6.
+INLINE vec NAME(gelu_vec)(vec x) {
+    vec a = (vec)((ivec)x & 0x7FFFFFFF);
+    a = SELECT(a > SPLAT(12.0f), SPLAT(12.0f), a);
+    vec r = SPLAT(1.38183269e-08f);
+    r = FMA(r, a, SPLAT(-4.40040111e-07f));
+    r = FMA(r, a, SPLAT(5.97732151e-06f));
+    r = FMA(r, a, SPLAT(-4.38331008e-05f));
+    r = FMA(r, a, SPLAT(0.000163617588f));
+    r = FMA(r, a, SPLAT(5.93684199e-05f));
+    r = FMA(r, a, SPLAT(-0.00488305697f));
+    r = FMA(r, a, SPLAT(0.036391899f));
+    r = FMA(r, a, SPLAT(0.318294853f));
+    r = FMA(r, a, SPLAT(0.797886014f));
+    r = FMA(r, a, SPLAT(0.693147182f));
+    vec tail = NAME(exp_vec)(-r);
+    ivec negative = x < SPLAT(0.0f);
+    return x * SELECT(negative, tail, SPLAT(1.0f) - tail);
+}
+
+// out = act(c + bias) or residual + (c + bias + bias2), for PAIR columns of some rows. c is a tile; so are out and
+// residual, at strides of the caller's; bias2 and residual may be NULL; act is the GELU or nothing.
+static TARGET void NAME(finish)(int rows, const float *c, const float *bias, const float *bias2, const float *residual,
+                                bool gelu, float *out, long row_stride, long block_stride) {
+    for (int block = 0; block < 2; block++)
+        for (int r = 0; r < rows; r++)
+            for (int lane = 0; lane < BLOCK; lane += LANES) {
+                long at = block * block_stride + r * row_stride + lane;
+                vec y = LOAD(c + block * BLOCK_FLOATS + r * BLOCK + lane);
+                if (bias) y += LOAD(bias + block * BLOCK + lane);
+                if (bias2) y += LOAD(bias2 + block * BLOCK + lane);
+                if (residual) y += LOAD(residual + at);
+                if (gelu) y = NAME(gelu_vec)(y);
+                STORE(out + at, y);
+            }
+}
+
+// Sixteen partial sums into one, always in this order.
+static TARGET float NAME(fold)(float *s) {
+    for (int half = BLOCK / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) s[i] += s[i + half];
+    return s[0];
+}
+
+// y = (x - mean) / sqrt(variance + eps) * weight + bias over the n columns of each row (Ba et al. 2016). x and y are
+// tiles; columns from n on, up to a multiple of PAIR, come out as 0.
+static TARGET void NAME(layer_norm)(int rows, int n, float eps, const float *x, const float *weight, const float *bias,
+                                    float *y) {
+    static const float ones[2 * BLOCK] = { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 };
+    int blocks = (n + PAIR - 1) / PAIR * 2;
+    for (int r = 0; r < rows; r++, x += BLOCK, y += BLOCK) {
+        float sum[BLOCK] = {0}, squares[BLOCK] = {0};
+        for (int lane = 0; lane < BLOCK; lane += LANES) {
+            vec s = {0};
+            for (int b = 0; b < blocks; b++) s += LOAD(x + b * BLOCK_FLOATS + lane);
+            STORE(sum + lane, s);
+        }
+        float mean = NAME(fold)(sum) / (float)n;
+        for (int lane = 0; lane < BLOCK; lane += LANES) {
+            vec s = {0};
+            for (int b = 0; b < blocks; b++) {
+                int left = n - b * BLOCK, skip = left >= BLOCK ? 0 : left > 0 ? BLOCK - left : BLOCK;
+                vec d = (LOAD(x + b * BLOCK_FLOATS + lane) - SPLAT(mean)) * LOAD(ones + skip + lane);
+                STORE(y + b * BLOCK_FLOATS + lane, d);
+                s = FMA(d, d, s);
+            }
+            STORE(squares + lane, s);
+        }
+        float scale = 1.0f / sqrtf(NAME(fold)(squares) / (float)n + eps);
+        for (int b = 0; b < blocks; b++)
+            for (int lane = 0; lane < BLOCK; lane += LANES) {
+                float *at = y + b * BLOCK_FLOATS + lane;
+                STORE(at, FMA(LOAD(at) * SPLAT(scale), LOAD(weight + b * BLOCK + lane), LOAD(bias + b * BLOCK + lane)));
+            }
+    }
+}
+
+// scores[j] = e^(scores[j] - largest) for one row of a tile, j < keys; the rest of the last block becomes 0. Returns
+// the sum.
+static TARGET float NAME(softmax)(int keys, float *scores) {
+    int blocks = (keys + BLOCK - 1) / BLOCK;
+    for (int j = keys; j < blocks * BLOCK; j++) scores[j / BLOCK * BLOCK_FLOATS + j % BLOCK] = -INFINITY;
+    vec most = SPLAT(-INFINITY);
+    for (int b = 0; b < blocks; b++)
+        for (int lane = 0; lane < BLOCK; lane += LANES) {
+            vec x = LOAD(scores + b * BLOCK_FLOATS + lane);
+            most = SELECT(x > most, x, most);
+        }
+    float largest = most[0], sum[BLOCK] = {0};
+    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    for (int lane = 0; lane < BLOCK; lane += LANES) {
+        vec s = {0};
+        for (int b = 0; b < blocks; b++) {
+            vec e = NAME(exp_vec)(LOAD(scores + b * BLOCK_FLOATS + lane) - SPLAT(largest));
+            STORE(scores + b * BLOCK_FLOATS + lane, e);
+            s += e;
+        }
+        STORE(sum + lane, s);
+    }
+    return NAME(fold)(sum);
+}
+
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+static const Kernels NAME(kernels) = {
+    .name = STRING(KIND), .product = NAME(product), .finish = NAME(finish), .layer_norm = NAME(layer_norm), .softmax = NAME(softmax),
+};
+
+#undef STRING_
+#undef STRING
+#undef TARGET
+#undef LANES
+#undef ROWS
+#undef PANELS_AT_ONCE
+#undef FMA
+#undef SPLAT
+#undef PER_BLOCK
+#undef VECTORS
+#undef INLINE
+#undef vec
+#undef ivec
+#undef LOAD
+#undef STORE
+#undef SELECT
+#undef OUT
+#undef WEIGHT
+#undef START
+#undef STEP
+#undef FINISH
+#endif   // KIND
+
+#ifndef KIND
+// ---- 5. Threads ----
+// One verb: parallel(pieces, run, arg) calls run(arg, piece, thread) once for each piece and returns when all are
+// done. Pieces are taken, not dealt out, so fast and slow cores finish together; a worker that comes late, or never
+// because another process has its core, holds up nobody unless it is in the middle of a piece. Workers that wait spin
+// for a moment, then sleep. The calling thread is thread 0 and works too.
+
+typedef void (*Run)(void *arg, int piece, int thread);
+
+static struct {
+    int threads;
+    pthread_t *workers;                // [threads - 1]
+    // ticket = round << 32 | next piece. A worker reads it, then the round's job, then takes the piece by a
+    // compare-and-swap, which fails if the round has changed in between.
+    _Atomic uint64_t ticket;
+    _Atomic(Run) run;
+    _Atomic(void *) arg;
+    atomic_int pieces, done;
+    atomic_int sleepers;
+    atomic_bool over;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+} pool = { .threads = 1, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
+
+enum { SPINS = 4000 };                 // some 50 to 100 microseconds, longer than the gap between two steps of a pass
+
+static void pause_a_moment(int spins) {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+    if (spins % 256 == 255) sched_yield();    // another process, or a thread of ours, may want this core
+}
+
+// Takes pieces of the current round until there are none. Returns the ticket that said so.
+static uint64_t work(int thread) {
+    for (;;) {
+        uint64_t ticket = atomic_load(&pool.ticket);
+        Run run = atomic_load(&pool.run);
+        void *arg = atomic_load(&pool.arg);
+        int piece = (int)(uint32_t)ticket;
+        if (piece >= atomic_load(&pool.pieces)) return ticket;
+        if (!atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + 1)) continue;
+        run(arg, piece, thread);
+        atomic_fetch_add(&pool.done, 1);
+    }
+}
+
+static void *worker(void *number) {
+    while (!atomic_load(&pool.over)) {
+        uint64_t seen = work((int)(intptr_t)number);
+        int spins = 0;
+        while (spins < SPINS && atomic_load(&pool.ticket) == seen) pause_a_moment(spins++);
+        if (spins < SPINS) continue;
+        pthread_mutex_lock(&pool.lock);
+        atomic_fetch_add(&pool.sleepers, 1);
+        while (atomic_load(&pool.ticket) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
+        atomic_fetch_sub(&pool.sleepers, 1);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    return NULL;
+}
+
+static void wake_workers(void) {
+    if (atomic_load(&pool.sleepers) == 0) return;
+    pthread_mutex_lock(&pool.lock);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+static void parallel(int pieces, Run run, void *arg) {
+    uint64_t round = (atomic_load(&pool.ticket) >> 32) + 1;
+    // While the job changes, the ticket says that there is nothing to take.
+    atomic_store(&pool.ticket, round << 32 | INT_MAX);
+    atomic_store(&pool.run, run);
+    atomic_store(&pool.arg, arg);
+    atomic_store(&pool.pieces, pieces);
+    atomic_store(&pool.done, 0);
+    atomic_store(&pool.ticket, (round + 1) << 32);
+    if (pool.threads > 1 && pieces > 1) wake_workers();
+    work(0);
+    for (int spins = 0; atomic_load(&pool.done) < pieces; spins++) pause_a_moment(spins);
+}
+
+static void threads_start(int threads) {
+    pool.workers = allocate((size_t)threads, sizeof *pool.workers);
+    sigset_t all, before;                      // signals are the main thread's
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    atomic_store(&pool.ticket, INT_MAX);
+    for (pool.threads = 1; pool.threads < threads; pool.threads++) {
+        int error = pthread_create(&pool.workers[pool.threads - 1], NULL, worker, (void *)(intptr_t)pool.threads);
+        if (error) die("cannot start thread %d: %s; a smaller -j needs fewer", pool.threads + 1, strerror(error));
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static void threads_stop(void) {
+    atomic_store(&pool.over, true);
+    atomic_fetch_add(&pool.ticket, (uint64_t)1 << 32 | 0);
+    wake_workers();
+    for (int i = 0; i < pool.threads - 1; i++) pthread_join(pool.workers[i], NULL);
+    free(pool.workers);
+}
+
+// ---- 6. KV cache ----
+// Keys and values of a sequence, in pages of PAGE positions for all layers. Sequences that begin alike share pages:
+// a page belongs to all that use it and is copied when one of several users wants to write. After kv_reserve the
+// positions asked for may be written. No arithmetic here.
+
+typedef struct Page { struct Page *next; int users; float *floats; } Page;
+
+typedef struct {
+    long head_floats;          // keys [2][head size][16], then values [head size / 16][32][16], of one head
+    long layer_floats;         // kv_heads heads of them
+    long page_floats;          // all layers
+    Page *spare;
+} KVCache;
+
+typedef struct {
+    Page **pages;
+    int n_pages;
+    int length;                // positions that hold a token
+} Sequence;
+
+static KVCache kv_open(const Config *c) {
+    KVCache kv = { .head_floats = PAGE * ((long)c->head_size + padded(c->head_size)) };
+    kv.layer_floats = kv.head_floats * c->kv_heads;
+    kv.page_floats = kv.layer_floats * c->layers;
+    return kv;
+}
+
+static Page *kv_take_page(KVCache *kv) {
+    Page *page = kv->spare;
+    if (page) kv->spare = page->next;
+    else {
+        page = allocate(1, sizeof *page);
+        page->floats = allocate((size_t)kv->page_floats, sizeof(float));
+    }
+    page->users = 1;
+    return page;
+}
+
+static void kv_drop_page(KVCache *kv, Page *page) {
+    if (--page->users > 0) return;
+    page->next = kv->spare;
+    kv->spare = page;
+}
+
+// Makes positions length .. end - 1 of a sequence writable: pages of its own, the last begun one copied if shared.
+static void kv_reserve(KVCache *kv, Sequence *s, int end) {
+    int need = (end + PAGE - 1) / PAGE, first = s->length / PAGE;
+    if (need > s->n_pages) {
+        size_t room = (size_t)s->n_pages * sizeof *s->pages;
+        s->pages = grow(s->pages, &room, (size_t)need * sizeof *s->pages);
+        while (s->n_pages < need) s->pages[s->n_pages++] = kv_take_page(kv);
+    }
+    if (first < need && s->pages[first]->users > 1) {
+        Page *own = kv_take_page(kv);
+        memcpy(own->floats, s->pages[first]->floats, (size_t)kv->page_floats * sizeof(float));
+        kv_drop_page(kv, s->pages[first]);
+        s->pages[first] = own;
+    }
+}
+
+static Sequence kv_fork(const Sequence *from) {
+    Sequence s = { .length = from->length, .n_pages = (from->length + PAGE - 1) / PAGE };
+    s.pages = allocate((size_t)s.n_pages, sizeof *s.pages);
+    for (int i = 0; i < s.n_pages; i++) (s.pages[i] = from->pages[i])->users++;
+    return s;
+}
+
+static void kv_free(KVCache *kv, Sequence *s) {
+    for (int i = 0; i < s->n_pages; i++) kv_drop_page(kv, s->pages[i]);
+    free(s->pages);
+    *s = (Sequence){0};
+}
+
+static void kv_close(KVCache *kv) {
+    while (kv->spare) {
+        Page *page = kv->spare;
+        kv->spare = page->next;
+        free(page->floats);
+        free(page);
+    }
+}
+
+// ---- 7. Forward ----
+// Rows in, logits out. A row is a token at a position of a sequence; prefill, decoding and batches are only different
+// rows of one pass. Rows of one sequence stand together in the order of their positions. The layer (parallel
+// residual; without it, norm2 reads x after the attention was added):
+//
+//     x ─┬─ norm1 ─ qkv ─ rotary ─ keys, values ─ attention ─ dense ─┬─ + ─ x
+//        ├─ norm2 ─ up ─ GELU ─ down ──────────────────────────────┤
+//        └─────────────────────────────────────────────────────────┘
+//
+// forward cannot fail and allocates nothing.
+
+typedef struct {
+    Sequence *sequence;
+    int position;
+    uint32_t token;
+    bool wants_logits;
+} Row;
+
+// The work of attention is cut into tiles of up to TILE slots. A slot is a query head of a row; the heads that share
+// a kv head stand side by side, so that its keys are read once for all of them.
+typedef struct {
+    int first_row, first_slot, slots;      // slot i: row first_row + (first_slot + i) / r, r = heads / kv_heads
+} Span;
+
+typedef struct { float cosine, sine; } Turn;
+
+typedef struct {
+    const Model *m;
+    const Kernels *kernels;
+    int max_rows, max_logits;
+    double *frequency;         // [rotary_dims / 2] radians a position
+    float *x, *normed1, *normed2, *attended;   // tiles [rows][hidden], the last [rows][q]
+    float *qkv;                // tiles [rows][q + 2 kv]
+    float *mlp;                // tiles [rows][intermediate]
+    float *final;              // tiles [logits rows][hidden]
+    float *logits;             // [logits rows][padded vocab] row-major
+    Turn *turns;               // [rows][rotary_dims / 2]
+    Span *spans;
+    float **scratch;           // [threads] a thread's query, score and output tiles
+    const Row *rows;           // the pass: set by forward
+    int n, n_logits, n_spans, layer;
+    int *logit_rows;           // [logits rows] the row of the pass each belongs to
+} Work;
+
+// e^x, x <= 0, and ln x, x > 0, sine and cosine in double: Taylor series after a reduction of the argument, right to
+// a few units in the 16th digit. The rotary tables and the sampler need few of them, but the same ones everywhere.
+static double exp_double(double x) {
+    if (x < -700) return 0;
+    double n = floor(x * 1.4426950408889634 + 0.5), r = x - n * 0.693147180369123816490, sum = 1;
+    r -= n * 1.90821492927058770002e-10;       // ln 2 in two parts, the first with 33 bits
+    for (int i = 14; i > 0; i--) sum = 1 + sum * r / i;
+    return ldexp(sum, (int)n);
+}
+
+static double log_double(double x) {
+    int exponent;
+    double mantissa = frexp(x, &exponent);     // [0.5, 1)
+    if (mantissa < 0.70710678118654752) mantissa *= 2, exponent--;
+    double s = (mantissa - 1) / (mantissa + 1), sum = 0;   // ln m = 2 artanh s, |s| < 0.172
+    for (int i = 25; i > 0; i -= 2) sum = 1.0 / i + sum * s * s;
+    return 2 * s * sum + exponent * 0.69314718055994531;
+}
+
+// The angle, 0 <= angle < 2^20, less the nearest multiple of pi/2, which is subtracted in three parts of 33 bits
+// (as in FreeBSD's msun, e_rem_pio2.c).
+static Turn turn_by(double angle) {
+    double n = floor(angle * 0.63661977236758134 + 0.5);
+    double r = angle - n * 1.57079632673412561417e+00;
+    r -= n * 6.07710050630396597660e-11;
+    r -= n * 2.02226624879595063154e-21;
+    double sine = 1, cosine = 1;
+    for (int i = 18; i > 0; i -= 2) {
+        sine = 1 - sine * r * r / (i * (i + 1));
+        cosine = 1 - cosine * r * r / (i * (i - 1));
+    }
+    sine *= r;
+    int quadrant = (int)fmod(n, 4);
+    double c = quadrant & 1 ? sine : cosine, s = quadrant & 1 ? cosine : sine;
+    return (Turn){ (float)(quadrant == 1 || quadrant == 2 ? -c : c), (float)(quadrant >= 2 ? -s : s) };
+}
+
+static long tile_at(int tile, int columns) { return (long)tile * TILE * columns; }
+
+// The floats of row r of a tile, column by column.
+static float *cell(float *tile, int r, int column) {
+    return tile + (long)(column / BLOCK) * BLOCK_FLOATS + r * BLOCK + column % BLOCK;
+}
+
+static int rows_in_tile(int n, int tile) { return n - tile * TILE < TILE ? n - tile * TILE : TILE; }
+static int tiles_of(int n) { return (n + TILE - 1) / TILE; }
+
+static Work work_open(const Model *m, const Kernels *kernels, int max_rows, int max_logits) {
+    const Config *c = &m->c;
+    Work w = { .m = m, .kernels = kernels, .max_rows = max_rows, .max_logits = max_logits };
+    size_t rows = (size_t)tiles_of(max_rows) * TILE, logit_rows = (size_t)tiles_of(max_logits) * TILE;
+    size_t hidden = (size_t)padded(c->hidden), half = (size_t)c->rotary_dims / 2;
+    struct { float **field; size_t rows, columns; } table[] = {
+        { &w.x, rows, hidden }, { &w.normed1, rows, hidden }, { &w.normed2, rows, hidden },
+        { &w.attended, rows, (size_t)padded(c->q) }, { &w.qkv, rows, (size_t)padded(c->qkv) },
+        { &w.mlp, rows, (size_t)padded(c->intermediate) }, { &w.final, logit_rows, hidden },
+        { &w.logits, logit_rows, (size_t)padded(c->vocab) },
+    };
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+        *table[i].field = allocate(table[i].rows, table[i].columns * sizeof(float));
+    w.turns = allocate(rows, (half + 1) * sizeof *w.turns);
+    w.spans = allocate(rows, (size_t)(c->heads / c->kv_heads / TILE + 1) * sizeof *w.spans);
+    w.logit_rows = allocate(logit_rows, sizeof *w.logit_rows);
+    w.frequency = allocate(half + 1, sizeof *w.frequency);
+    for (size_t i = 0; i < half; i++)          // base ^ (-2 i / dims), Su et al. 2021
+        w.frequency[i] = exp_double(-2.0 * (double)i / c->rotary_dims * log_double(c->rotary_base));
+    w.scratch = allocate((size_t)pool.threads, sizeof *w.scratch);
+    size_t score_tile = (size_t)(c->context / PAGE + 1) * PAGE * TILE, head_tile = (size_t)padded(c->head_size) * TILE;
+    for (int i = 0; i < pool.threads; i++) w.scratch[i] = allocate(score_tile + 2 * head_tile, sizeof(float));
+    return w;
+}
+
+static void work_close(Work *w) {
+    void *blocks[] = { w->x, w->normed1, w->normed2, w->attended, w->qkv, w->mlp, w->final, w->logits, w->turns,
+                       w->spans, w->logit_rows, w->frequency };
+    for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) free(blocks[i]);
+    for (int i = 0; i < pool.threads; i++) free(w->scratch[i]);
+    free(w->scratch);
+}
+
+// A tile's tokens become rows of x, its positions cosines and sines.
+static void embed_piece(void *arg, int tile, int thread) {
+    (void)thread;
+    Work *w = arg;
+    const Config *c = &w->m->c;
+    float *x = w->x + tile_at(tile, padded(c->hidden));
+    int half = c->rotary_dims / 2;
+    for (int r = 0; r < rows_in_tile(w->n, tile); r++) {
+        const Row *row = &w->rows[tile * TILE + r];
+        const float *embedding = w->m->embed_in + (long)row->token * c->hidden;
+        for (int i = 0; i < c->hidden; i += BLOCK)
+            memcpy(cell(x, r, i), embedding + i, (size_t)(c->hidden - i < BLOCK ? c->hidden - i : BLOCK) * sizeof *x);
+        for (int i = 0; i < half; i++)
+            w->turns[(tile * TILE + r) * half + i] = turn_by(row->position * w->frequency[i]);
+    }
+}
+
+static void norm_piece(void *arg, int tile, int thread) {
+    (void)thread;
+    const Work *w = arg;
+    const Config *c = &w->m->c;
+    const Layer *l = &w->m->layers[w->layer];
+    long at = tile_at(tile, padded(c->hidden));
+    int rows = rows_in_tile(w->n, tile);
+    w->kernels->layer_norm(rows, c->hidden, (float)c->eps, w->x + at, l->norm1, l->norm1_bias, w->normed1 + at);
+    if (c->parallel_residual)
+        w->kernels->layer_norm(rows, c->hidden, (float)c->eps, w->x + at, l->norm2, l->norm2_bias, w->normed2 + at);
+}
+
+static void norm2_piece(void *arg, int tile, int thread) {
+    (void)thread;
+    const Work *w = arg;
+    const Config *c = &w->m->c;
+    const Layer *l = &w->m->layers[w->layer];
+    long at = tile_at(tile, padded(c->hidden));
+    w->kernels->layer_norm(rows_in_tile(w->n, tile), c->hidden, (float)c->eps, w->x + at, l->norm2, l->norm2_bias,
+                           w->normed2 + at);
+}
+
+// The rows that want logits, gathered into tiles of their own and normed.
+static void final_norm_piece(void *arg, int tile, int thread) {
+    (void)thread;
+    const Work *w = arg;
+    const Config *c = &w->m->c;
+    float *final = w->final + tile_at(tile, padded(c->hidden));
+    int rows = rows_in_tile(w->n_logits, tile);
+    for (int r = 0; r < rows; r++) {
+        int row = w->logit_rows[tile * TILE + r];
+        float *x = w->x + tile_at(row / TILE, padded(c->hidden));
+        for (int i = 0; i < padded(c->hidden); i += BLOCK)
+            memcpy(cell(final, r, i), cell(x, row % TILE, i), BLOCK * sizeof *x);
+    }
+    w->kernels->layer_norm(rows, c->hidden, (float)c->eps, final, w->m->norm, w->m->norm_bias, final);
+}
+
+// A linear layer over all tiles: out = finish(in weights^T + in2 weights2^T). The second term continues the first's
+// chain of sums; it is there where the attention's and the MLP's last products go into the same x.
+typedef struct {
+    const float *in, *weights, *bias;
+    int inputs;
+    const float *in2, *weights2, *bias2;
+    int inputs2;
+    float *out;
+    int outputs;
+    const float *residual;     // NULL, or tiles like out
+    bool gelu, row_major;      // row_major: out is [rows][padded outputs] instead of tiles
+} Linear;
+
+typedef struct { const Work *w; const Linear *layers; int n_layers, rows, groups; } LinearJob;
+
+enum { GROUP = 5 };            // tiles that a piece multiplies by a panel while it lies in the cache
+
+// Piece: a pair of panels times a group of tiles. Pieces that follow one another share their panels.
+static void linear_piece(void *arg, int piece, int thread) {
+    (void)thread;
+    const LinearJob *job = arg;
+    const Kernels *kernels = job->w->kernels;
+    int pair = piece / job->groups, group = piece % job->groups;
+    const Linear *l = job->layers;
+    for (; pair >= padded(l->outputs) / PAIR; l++) pair -= padded(l->outputs) / PAIR;
+
+    const float *panel = l->weights + (long)pair * PAIR * l->inputs;
+    const float *panel2 = l->in2 ? l->weights2 + (long)pair * PAIR * l->inputs2 : NULL;
+    const float *bias = l->bias ? l->bias + pair * PAIR : NULL, *bias2 = l->bias2 ? l->bias2 + pair * PAIR : NULL;
+    int columns = padded(l->outputs), last = (group + 1) * GROUP;
+    for (int tile = group * GROUP; tile < last && tile < tiles_of(job->rows); tile++) {
+        int rows = rows_in_tile(job->rows, tile);
+        float c[2 * BLOCK_FLOATS] __attribute__((aligned(64)));
+        kernels->product(rows, l->inputs, l->in + tile_at(tile, padded(l->inputs)), panel, (long)BLOCK * l->inputs,
+                         panel + PREFETCH, c, false);
+        if (panel2)
+            kernels->product(rows, l->inputs2, l->in2 + tile_at(tile, padded(l->inputs2)), panel2,
+                             (long)BLOCK * l->inputs2, panel2 + PREFETCH, c, true);
+        long at = tile_at(tile, columns) + (l->row_major ? (long)pair * PAIR : (long)pair * 2 * BLOCK_FLOATS);
+        kernels->finish(rows, c, bias, bias2, l->residual ? l->residual + at : NULL, l->gelu, l->out + at,
+                        l->row_major ? columns : BLOCK, l->row_major ? BLOCK : BLOCK_FLOATS);
+    }
+}
+
+static void linear(const Work *w, const Linear *layers, int n_layers, int rows) {
+    LinearJob job = { w, layers, n_layers, rows, (tiles_of(rows) + GROUP - 1) / GROUP };
+    int pairs = 0;
+    for (int i = 0; i < n_layers; i++) pairs += padded(layers[i].outputs) / PAIR;
+    parallel(pairs * job.groups, linear_piece, &job);
+}
+
+// The floats of a kv head in a page: keys first, its values behind them.
+static float *kv_head(const Work *w, const Page *page, int head) {
+    const Config *c = &w->m->c;
+    long head_floats = PAGE * ((long)c->head_size + padded(c->head_size));
+    return page->floats + ((long)w->layer * c->kv_heads + head) * head_floats;
+}
+
+// Column i of a head of a row of qkv, turned: the first rotary_dims columns are pairs (i, i + rotary_dims / 2) turned
+// by position * frequency[i] (the half-split form of GPT-NeoX).
+static float turned(const Config *c, float *tile, int r, int first_column, int i, const Turn *turns) {
+    int half = c->rotary_dims / 2;
+    float x = *cell(tile, r, first_column + i);
+    if (i < half) return x * turns[i].cosine - *cell(tile, r, first_column + i + half) * turns[i].sine;
+    if (i < 2 * half) return x * turns[i - half].cosine + *cell(tile, r, first_column + i - half) * turns[i - half].sine;
+    return x;
+}
+
+// Piece: a kv head of a tile's rows. Turned keys and values go to their pages.
+static void store_piece(void *arg, int piece, int thread) {
+    (void)thread;
+    const Work *w = arg;
+    const Config *c = &w->m->c;
+    int head = piece % c->kv_heads, tile = piece / c->kv_heads;
+    int key_column = c->q + head * c->head_size, value_column = key_column + c->kv;
+    float *qkv = w->qkv + tile_at(tile, padded(c->qkv));
+    for (int r = 0; r < rows_in_tile(w->n, tile); r++) {
+        const Row *row = &w->rows[tile * TILE + r];
+        const Turn *turns = w->turns + (tile * TILE + r) * (c->rotary_dims / 2);
+        float *keys = kv_head(w, row->sequence->pages[row->position / PAGE], head);
+        float *values = keys + (long)PAGE * c->head_size;
+        int slot = row->position % PAGE;
+        keys += slot / BLOCK * (long)BLOCK * c->head_size + slot % BLOCK;
+        for (int i = 0; i < c->head_size; i++) {
+            keys[(long)i * BLOCK] = turned(c, qkv, r, key_column, i, turns);
+            values[(long)(i / BLOCK) * PAGE * BLOCK + slot * BLOCK + i % BLOCK] = *cell(qkv, r, value_column + i);
+        }
+    }
+}
+
+// Piece: a kv head of a span. out = softmax(q k^T / sqrt(head size)) v over positions 0 .. the row's own.
+static void attention_piece(void *arg, int piece, int thread) {
+    const Work *w = arg;
+    const Config *c = &w->m->c;
+    const Kernels *kernels = w->kernels;
+    const Span *span = &w->spans[piece / c->kv_heads];
+    int head = piece % c->kv_heads, sharing = c->heads / c->kv_heads, size = c->head_size;
+    float *query = w->scratch[thread], *out = query + (long)padded(size) * TILE, *scores = out + (long)padded(size) * TILE;
+    float scale = 1.0f / sqrtf((float)size);
+    const Row *row[TILE] = {0};
+    int query_head[TILE], row_number[TILE];
+    for (int s = 0; s < span->slots; s++) {
+        row_number[s] = span->first_row + (span->first_slot + s) / sharing;
+        query_head[s] = head * sharing + (span->first_slot + s) % sharing;
+        row[s] = &w->rows[row_number[s]];
+        float *qkv = w->qkv + tile_at(row_number[s] / TILE, padded(c->qkv));
+        for (int i = 0; i < size; i++)
+            *cell(query, s, i) = scale * turned(c, qkv, row_number[s] % TILE, query_head[s] * size, i,
+                                                w->turns + row_number[s] * (c->rotary_dims / 2));
+    }
+    Page **pages = row[0]->sequence->pages;
+    int first = row[0]->position, last = row[span->slots - 1]->position;
+    int last_page = last / PAGE;
+    for (int p = 0; p <= last_page; p++) {
+        const float *keys = kv_head(w, pages[p], head);
+        kernels->product(span->slots, size, query, keys, (long)BLOCK * size,
+                         kv_head(w, pages[p < last_page ? p + 1 : p], head), scores + (long)p * 2 * BLOCK_FLOATS, false);
+    }
+    float sum[TILE];
+    for (int s = 0; s < span->slots; s++) sum[s] = kernels->softmax(row[s]->position + 1, scores + s * BLOCK);
+
+    // Positions that all slots see are summed for all at once; those that only later slots see, slot by slot.
+    for (int d = 0; d < padded(size); d += PAIR) {
+        float *tile = out + (long)d * TILE;
+        for (int p = 0; p <= last_page; p++) {
+            const float *values = kv_head(w, pages[p], head) + (long)PAGE * (size + d);
+            const float *ahead = p < last_page ? kv_head(w, pages[p + 1], head) + (long)PAGE * (size + d) : values;
+            const float *weights = scores + (long)p * 2 * BLOCK_FLOATS;
+            int common = first + 1 - p * PAGE < PAGE ? first + 1 - p * PAGE : PAGE;
+            if (common > 0 || p == 0)
+                kernels->product(span->slots, common, weights, values, PAGE * BLOCK, ahead, tile, p > 0);
+            if (common < 0) common = 0;
+            for (int s = 0; s < span->slots; s++) {
+                int seen = row[s]->position + 1 - p * PAGE < PAGE ? row[s]->position + 1 - p * PAGE : PAGE;
+                for (int j = common, n; j < seen; j += n) {
+                    n = BLOCK - j % BLOCK < seen - j ? BLOCK - j % BLOCK : seen - j;
+                    kernels->product(1, n, weights + j / BLOCK * BLOCK_FLOATS + s * BLOCK + j % BLOCK,
+                                     values + j * BLOCK, PAGE * BLOCK, ahead, tile + s * BLOCK, true);
+                }
+            }
+        }
+    }
+    for (int s = 0; s < span->slots; s++) {
+        float *attended = w->attended + tile_at(row_number[s] / TILE, padded(c->q));
+        float share = 1.0f / sum[s];
+        for (int i = 0; i < size; i++)
+            *cell(attended, row_number[s] % TILE, query_head[s] * size + i) = share * *cell(out, s, i);
+    }
+}
+
+// Cuts the pass into spans: rows of one sequence at successive positions, TILE slots at a time.
+static void find_spans(Work *w) {
+    int sharing = w->m->c.heads / w->m->c.kv_heads;
+    w->n_spans = 0;
+    for (int first = 0, end; first < w->n; first = end) {
+        for (end = first + 1; end < w->n && w->rows[end].sequence == w->rows[first].sequence; end++) {}
+        int slots = (end - first) * sharing;
+        for (int slot = 0; slot < slots; slot += TILE)
+            w->spans[w->n_spans++] = (Span){ first, slot, slots - slot < TILE ? slots - slot : TILE };
+    }
+}
+
+// Runs n rows, 1 <= n <= max_rows, through the model: writes their keys and values, whose pages the caller has
+// reserved, and leaves in w->logits the logits of the rows that want them, in the order of the rows.
+static void forward(Work *w, const Row *rows, int n) {
+    const Config *c = &w->m->c;
+    int tiles = tiles_of(n);
+    w->rows = rows;
+    w->n = n;
+    find_spans(w);
+    parallel(tiles, embed_piece, w);
+    for (w->layer = 0; w->layer < c->layers; w->layer++) {
+        const Layer *l = &w->m->layers[w->layer];
+        Linear qkv = { .in = w->normed1, .inputs = c->hidden, .weights = l->qkv, .bias = l->qkv_bias,
+                       .out = w->qkv, .outputs = c->qkv };
+        Linear up = { .in = w->normed2, .inputs = c->hidden, .weights = l->up, .bias = l->up_bias,
+                      .out = w->mlp, .outputs = c->intermediate, .gelu = true };
+        Linear dense = { .in = w->attended, .inputs = c->q, .weights = l->dense, .bias = l->dense_bias,
+                         .out = w->x, .outputs = c->hidden, .residual = w->x };
+        Linear down = { .in = w->mlp, .inputs = c->intermediate, .weights = l->down, .bias = l->down_bias,
+                        .out = w->x, .outputs = c->hidden, .residual = w->x };
+        parallel(tiles, norm_piece, w);
+        linear(w, (Linear[]){ qkv, up }, c->parallel_residual ? 2 : 1, n);
+        parallel(tiles * c->kv_heads, store_piece, w);
+        parallel(w->n_spans * c->kv_heads, attention_piece, w);
+        if (c->parallel_residual) {
+            dense.in2 = down.in, dense.inputs2 = down.inputs, dense.weights2 = down.weights, dense.bias2 = down.bias;
+            linear(w, &dense, 1, n);
+        } else {
+            linear(w, &dense, 1, n);
+            parallel(tiles, norm2_piece, w);
+            linear(w, &up, 1, n);
+            linear(w, &down, 1, n);
+        }
+    }
+    w->n_logits = 0;
+    for (int i = 0; i < n; i++)
+        if (rows[i].wants_logits) w->logit_rows[w->n_logits++] = i;
+    if (w->n_logits == 0) return;
+    parallel(tiles_of(w->n_logits), final_norm_piece, w);
+    Linear logits = { .in = w->final, .inputs = c->hidden, .weights = w->m->embed_out, .out = w->logits,
+                      .outputs = c->vocab, .row_major = true };
+    linear(w, &logits, 1, w->n_logits);
+}
+
+static const float *logits_of(const Work *w, int i) { return w->logits + (long)i * padded(w->m->c.vocab); }
+
+// ---- 8. Sampling ----
+// Logits in, one token out, in the order of transformers' processors: repetition penalty, temperature, top-k, top-p,
+// min-p, draw. Ties go to the lower id everywhere. A draw is a function of the seed, the prompt's tokens, the number
+// of the continuation and the position, so nothing else in work can move it. The logits are only read.
+
+typedef struct {
+    double temperature, top_p, min_p, penalty;
+    long top_k;
+} Sampling;
+
+typedef struct { float logit; uint32_t id; double weight; } Candidate;   // weight: probability, up to a factor
+
+// What one thread needs to sample.
+typedef struct { Candidate *candidates; float *penalized; } SamplingScratch;   // [vocab] each
+
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011): a bijection of
+// the counter under the key, good enough to be used as a generator without state.
+static void philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+    uint32_t c[4] = { counter[0], counter[1], counter[2], counter[3] }, k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)0xD2511F53 * c[0], b = (uint64_t)0xCD9E8D57 * c[2];
+        uint32_t next[4] = { (uint32_t)(b >> 32) ^ c[1] ^ k0, (uint32_t)b, (uint32_t)(a >> 32) ^ c[3] ^ k1,
+                             (uint32_t)a };
+        memcpy(c, next, sizeof c);
+        k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+    }
+    memcpy(out, c, sizeof c);
+}
+
+// A number in [0, 1) of 53 bits: the draw of one position.
+static double uniform(uint64_t seed, uint64_t prompt_hash, uint32_t continuation, uint32_t position) {
+    uint32_t counter[4] = { position, continuation, (uint32_t)prompt_hash, (uint32_t)(prompt_hash >> 32) };
+    uint32_t key[2] = { (uint32_t)seed, (uint32_t)(seed >> 32) }, out[4];
+    philox(counter, key, out);
+    return (double)(((uint64_t)out[0] << 32 | out[1]) >> 11) * 0x1p-53;
+}
+
+// FNV-1a over the ids' bytes, little-endian: prompts with other tokens draw from other streams.
+static uint64_t hash_tokens(const uint32_t *ids, int n) {
+    uint64_t h = 14695981039346656037u;
+    for (int i = 0; i < n; i++)
+        for (int byte = 0; byte < 4; byte++) h = (h ^ (ids[i] >> 8 * byte & 255)) * 1099511628211u;
+    return h;
+}
+
+static bool better(const Candidate *a, const Candidate *b) {
+    return a->logit > b->logit || (a->logit == b->logit && a->id < b->id);
+}
+
+static int by_rank(const void *a, const void *b) { return better(a, b) ? -1 : better(b, a); }
+
+// The k best of n logits into heap[k], the worst of them at its root; then sorted, best first.
+static int take_top(const float *logits, int n, long k, Candidate *heap) {
+    int size = 0;
+    for (int id = 0; id < n; id++) {
+        if (size == k && logits[id] <= heap[0].logit) continue;
+        Candidate new = { .logit = logits[id], .id = (uint32_t)id };
+        int i;
+        if (size < k) {                        // a leaf more: up from there
+            for (i = size++; i > 0 && better(&heap[(i - 1) / 2], &new); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+        } else {                               // instead of the root: down from there
+            for (i = 0; 2 * i + 1 < size;) {
+                int worse = 2 * i + 1;
+                if (worse + 1 < size && better(&heap[worse], &heap[worse + 1])) worse++;
+                if (better(&new, &heap[worse])) heap[i] = heap[worse];
+                else break;
+                i = worse;
+            }
+        }
+        heap[i] = new;
+    }
+    qsort(heap, (size_t)size, sizeof *heap, by_rank);
+    return size;
+}
+
+// transformers' RepetitionPenaltyLogitsProcessor (Keskar et al. 2019): each token that has occurred, once.
+static void penalize(const float *logits, int n, const uint32_t *ids, int n_ids, double penalty, float *out) {
+    for (int i = 0; i < n_ids; i++)
+        if (ids[i] < (uint32_t)n) {
+            float x = logits[ids[i]];
+            out[ids[i]] = (float)(x < 0 ? x * penalty : x / penalty);
+        }
+}
+
+static uint32_t argmax(const float *logits, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[best]) best = i;
+    return (uint32_t)best;
+}
+
+// The tokens that may be drawn, with weights that sum to *total: the distribution that transformers would draw from.
+// temperature > 0. Returns how many.
+static int distribution(const Sampling *s, const float *logits, int n, Candidate *candidates, double *total) {
+    bool all = s->top_k == 0 || s->top_k >= n;
+    int count = n;
+    if (all)
+        for (int i = 0; i < n; i++) candidates[i] = (Candidate){ .logit = logits[i], .id = (uint32_t)i };
+    else count = take_top(logits, n, s->top_k, candidates);
+    double largest = all ? logits[argmax(logits, n)] : candidates[0].logit;
+    *total = 0;
+    for (int i = 0; i < count; i++)
+        *total += candidates[i].weight = exp_double((candidates[i].logit - largest) / s->temperature);
+
+    if (s->top_p < 1) {
+        // The nucleus is the shortest list of the likeliest tokens that reaches top_p (Holtzman et al. 2020). Tokens
+        // each below (1 - top_p) / count of the total cannot be in it: without them the sort is short.
+        double least = (1 - s->top_p) * *total / count, before = 0, reach = s->top_p * *total;
+        int kept = 0;
+        for (int i = 0; i < count; i++)
+            if (candidates[i].weight >= least) candidates[kept++] = candidates[i];
+        if (all) qsort(candidates, (size_t)kept, sizeof *candidates, by_rank);
+        for (count = 0; count < kept && (count == 0 || before < reach); count++) before += candidates[count].weight;
+        *total = before;
+    }
+    if (s->min_p > 0) {
+        int kept = 0;
+        *total = 0;
+        for (int i = 0; i < count; i++)
+            if (candidates[i].weight >= s->min_p) {      // the likeliest has weight 1
+                *total += candidates[i].weight;
+                candidates[kept++] = candidates[i];
+            }
+        count = kept;
+    }
+    return count;
+}
+
+// One token for n logits after the history of the prompt's and the continuation's tokens.
+static uint32_t sample(const Sampling *s, const float *logits, int n, const uint32_t *prompt, int n_prompt,
+                       const uint32_t *drawn, int n_drawn, double u, SamplingScratch *scratch) {
+    if (s->penalty != 1) {
+        memcpy(scratch->penalized, logits, (size_t)n * sizeof *logits);
+        penalize(logits, n, prompt, n_prompt, s->penalty, scratch->penalized);
+        penalize(logits, n, drawn, n_drawn, s->penalty, scratch->penalized);
+        logits = scratch->penalized;
+    }
+    if (s->temperature == 0) return argmax(logits, n);
+    double total, target;
+    int count = distribution(s, logits, n, scratch->candidates, &total), i = 0;
+    for (target = u * total; i < count - 1 && target >= scratch->candidates[i].weight; i++)
+        target -= scratch->candidates[i].weight;
+    return scratch->candidates[i].id;
+}
+
+// ---- 9. Scheduling ----
+// Requests come from a source, are run some at a time, and go to a sink in the order they came. Each pass holds one
+// row for every continuation in work, and of prompts being prefilled as many rows as are left. What is in a pass
+// never changes what comes out of it, so this room is free to choose.
+
+typedef enum { UNDECIDED, BY_EOS, BY_LENGTH, BY_STOP } Reason;
+
+typedef struct Request Request;
+
+typedef struct {
+    Request *request;
+    uint32_t number;           // among the request's continuations
+    Sequence sequence;
+    uint32_t *ids;             // [n] drawn so far; room for the limit
+    int n;
+    Reason reason;
+    Bytes text;                // what they decode to, cut before a stop text
+} Continuation;
+
+struct Request {
+    Request *next;
+    long line;                 // of the input, from 1; 0: the prompt was not a line
+    char *prompt;
+    size_t prompt_size;
+    uint32_t *ids;             // [n] what the model is given
+    int n;
+    int given;                 // prompt tokens: n, or 0 for an empty prompt, which starts from <|start|>
+    int limit;                 // new tokens at most
+    uint64_t seed, hash;
+    char *error;               // why it cannot be run, or NULL
+    Sequence prefix;           // the prompt's keys and values
+    float *logits;             // [vocab] after the prompt, once it is prefilled
+    Continuation *continuations;
+    int started, finished;     // of the continuations
+    bool done;
+};
+
+typedef struct {
+    const Model *m;
+    Sampling sampling;
+    int returns, batch, max_rows;
+    bool ignore_eos, no_special;
+    const Bytes *stops;
+    int n_stops;
+    // The next request, or NULL: there is none now (*ended: none ever again). `wait`: nothing else is to be done.
+    Request *(*source)(void *arg, bool wait, bool *ended);
+    void (*progress)(void *arg, Continuation *c);    // a continuation has grown
+    void (*sink)(void *arg, Request *r);             // a request is done; called in the order of the input
+    void *arg;
+
+    KVCache kv;
+    Work work;
+    SamplingScratch *scratch;  // [threads]
+    Request *first, *last;     // in work or waiting for one before them, in the order of the input
+    int waiting, in_work;      // requests in the list; prompts being prefilled and continuations running
+    Continuation **running;    // [batch]
+    int n_running;
+    Row *rows;                 // [max_rows]
+    long passes, rows_run, tokens_drawn;
+} Scheduler;
+
+typedef struct { Continuation *c; const float *logits; uint32_t token; bool finite; } Draw;
+typedef struct { Scheduler *s; Draw *draws; } DrawJob;
+
+static void draw_piece(void *arg, int piece, int thread) {
+    const DrawJob *job = arg;
+    Scheduler *s = job->s;
+    Draw *d = &job->draws[piece];
+    const Request *r = d->c->request;
+    int vocab = s->m->c.vocab;
+    int flaws = 0;
+    for (int i = 0; i < vocab; i++) flaws |= !(fabsf(d->logits[i]) <= FLT_MAX);
+    d->finite = !flaws;
+    double u = uniform(r->seed, r->hash, d->c->number, (uint32_t)d->c->n);
+    d->token = sample(&s->sampling, d->logits, vocab, r->ids, r->n, d->c->ids, d->c->n, u, &s->scratch[thread]);
+}
+
+// Where the first stop text ends that became whole with the bytes from `old` on; *length is its length. Among those
+// that end at the same byte the longest counts. Nothing depends on where tokens end.
+static bool find_stop(const Scheduler *s, const Bytes *text, size_t old, size_t *end, size_t *length) {
+    *length = 0;
+    for (*end = old + 1; *end <= text->size; ++*end) {
+        for (int i = 0; i < s->n_stops; i++) {
+            const Bytes *stop = &s->stops[i];
+            if (stop->size <= *end && stop->size > *length &&
+                memcmp(text->data + *end - stop->size, stop->data, stop->size) == 0) *length = stop->size;
+        }
+        if (*length) return true;
+    }
+    return false;
+}
+
+// How many bytes at the end of a text might yet become part of a stop text: they are not shown before it is known.
+static size_t held_for_stop(const Scheduler *s, const Bytes *text) {
+    size_t held = 0;
+    for (int i = 0; i < s->n_stops; i++)
+        for (size_t n = s->stops[i].size - 1; n > held; n--)
+            if (n <= text->size && memcmp(text->data + text->size - n, s->stops[i].data, n) == 0) {
+                held = n;
+                break;
+            }
+    return held;
+}
+
+// A drawn token joins its continuation, which it may end.
+static void accept_token(Scheduler *s, Continuation *c, uint32_t token) {
+    c->ids[c->n++] = token;
+    s->tokens_drawn++;
+    size_t old = c->text.size, n, end;
+    const char *text = tokenizer_text(&s->m->tokenizer, token, &n);
+    if (!tokenizer_is_special(&s->m->tokenizer, token)) append(&c->text, text, n);
+    if (find_stop(s, &c->text, old, &end, &n)) {
+        c->reason = BY_STOP;
+        c->text.size = end - n;
+    }
+    else if (token == s->m->end_token && !s->ignore_eos) c->reason = BY_EOS;
+    else if (c->n >= c->request->limit) c->reason = BY_LENGTH;
+}
+
+static void finish(Scheduler *s, Continuation *c) {
+    kv_free(&s->kv, &c->sequence);
+    s->in_work--;
+    if (++c->request->finished == s->returns) c->request->done = true;
+}
+
+// Draws a token for each of n continuations, all at once.
+static void draw_all(Scheduler *s, Draw *draws, int n) {
+    parallel(n, draw_piece, &(DrawJob){ s, draws });
+    for (int i = 0; i < n; i++) {
+        Continuation *c = draws[i].c;
+        if (!draws[i].finite)
+            die("%s: the logits are not finite: its weights are damaged or overflow; kl3m --verify checks the file",
+                s->m->path);
+        accept_token(s, c, draws[i].token);
+        if (c->reason == UNDECIDED) s->running[s->n_running++] = c;
+        else finish(s, c);
+        s->progress(s->arg, c);
+    }
+}
+
+// Hands over what is done, up to the first request that is not.
+static void deliver(Scheduler *s) {
+    while (s->first && s->first->done) {
+        Request *r = s->first;
+        s->first = r->next;
+        if (s->first == NULL) s->last = NULL;
+        s->waiting--;
+        s->sink(s->arg, r);
+    }
+}
+
+// Takes a request from the source into the list. False: there is none now.
+static bool take_request(Scheduler *s, bool *ended) {
+    Request *r = s->source(s->arg, s->in_work == 0 && s->first == NULL, ended);
+    if (r == NULL) return false;
+    if (s->last) s->last->next = r;
+    else s->first = r;
+    s->last = r;
+    s->waiting++;
+    r->done = r->error || r->limit == 0;
+    if (r->error) return true;
+    r->continuations = allocate((size_t)s->returns, sizeof *r->continuations);
+    for (int i = 0; i < s->returns; i++) {
+        Continuation *c = &r->continuations[i];
+        *c = (Continuation){ .request = r, .number = (uint32_t)i, .reason = r->done ? BY_LENGTH : UNDECIDED };
+        c->ids = allocate((size_t)r->limit, sizeof *c->ids);
+    }
+    if (!r->done) s->in_work++;                // its prefill
+    return true;
+}
+
+// Fills the batch: first with continuations of prompts that are prefilled, then with new prompts. The last
+// continuation of a prompt takes its pages over, the others share them.
+static void admit(Scheduler *s, bool *ended) {
+    Draw *draws = allocate((size_t)s->batch, sizeof *draws);
+    int n = 0;
+    for (Request *r = s->first; r; r = r->next) {
+        while (r->logits && r->started < s->returns && s->in_work < s->batch) {
+            Continuation *c = &r->continuations[r->started++];
+            if (r->started < s->returns) c->sequence = kv_fork(&r->prefix);
+            else {
+                c->sequence = r->prefix;
+                r->prefix = (Sequence){0};
+            }
+            draws[n++] = (Draw){ .c = c, .logits = r->logits };
+            s->in_work++;
+        }
+    }
+    draw_all(s, draws, n);
+    free(draws);
+    deliver(s);
+    // A finished request that waits for one before it takes memory: not too many of them.
+    while (!interrupted && !*ended && s->in_work < s->batch && s->waiting < 16 * s->batch && take_request(s, ended))
+        deliver(s);
+}
+
+// The rows of the next pass; *draws get those that will want a token.
+static int gather(Scheduler *s, Draw *draws, int *n_draws) {
+    int n = 0;
+    *n_draws = 0;
+    for (int i = 0; i < s->n_running; i++) {
+        Continuation *c = s->running[i];
+        kv_reserve(&s->kv, &c->sequence, c->sequence.length + 1);
+        s->rows[n++] = (Row){ &c->sequence, c->sequence.length++, c->ids[c->n - 1], true };
+        draws[(*n_draws)++] = (Draw){ .c = c };
+    }
+    for (Request *r = s->first; r && n < s->max_rows; r = r->next) {
+        if (r->done || r->logits) continue;
+        int from = r->prefix.length, end = r->n - from < s->max_rows - n ? r->n : from + s->max_rows - n;
+        kv_reserve(&s->kv, &r->prefix, end);
+        for (; r->prefix.length < end; r->prefix.length++)
+            s->rows[n++] = (Row){ &r->prefix, r->prefix.length, r->ids[r->prefix.length],
+                                  r->prefix.length == r->n - 1 };
+    }
+    return n;
+}
+
+// Runs requests until the source has no more, or a signal comes.
+static void schedule(Scheduler *s) {
+    size_t vocab = (size_t)s->m->c.vocab;
+    if (s->max_rows < s->batch) s->batch = s->max_rows;
+    s->kv = kv_open(&s->m->c);
+    s->work = work_open(s->m, s->work.kernels, s->max_rows, s->batch);
+    s->running = allocate((size_t)s->batch, sizeof *s->running);
+    s->rows = allocate((size_t)s->max_rows, sizeof *s->rows);
+    s->scratch = allocate((size_t)pool.threads, sizeof *s->scratch);
+    for (int i = 0; i < pool.threads; i++)
+        s->scratch[i] = (SamplingScratch){ allocate(vocab, sizeof(Candidate)), allocate(vocab, sizeof(float)) };
+    Draw *draws = allocate((size_t)s->batch, sizeof *draws);
+
+    for (bool ended = false; !interrupted;) {
+        admit(s, &ended);
+        int n_draws, n = gather(s, draws, &n_draws);
+        if (n == 0 && ended && s->first == NULL) break;
+        if (n == 0) continue;                  // all that was begun ended with its first token
+        forward(&s->work, s->rows, n);
+        check_reader();
+        s->passes++;
+        s->rows_run += n;
+        for (int i = 0; i < n_draws; i++) draws[i].logits = logits_of(&s->work, i);
+        for (Request *r = s->first; r; r = r->next)
+            if (!r->done && !r->logits && r->prefix.length == r->n) {
+                r->logits = allocate(vocab, sizeof(float));
+                int i = 0;
+                while (s->rows[s->work.logit_rows[i]].sequence != &r->prefix) i++;
+                memcpy(r->logits, logits_of(&s->work, i), vocab * sizeof(float));
+                s->in_work--;                  // its continuations take places of their own
+            }
+        s->n_running = 0;
+        draw_all(s, draws, n_draws);
+        deliver(s);
+    }
+    free(draws);
+    for (int i = 0; i < pool.threads; i++) free(s->scratch[i].candidates), free(s->scratch[i].penalized);
+    free(s->scratch);
+    free(s->rows);
+    free(s->running);
+    work_close(&s->work);
+}
+
+static void request_free(Request *r, int returns, KVCache *kv) {
+    for (int i = 0; r->continuations && i < returns; i++) {
+        kv_free(kv, &r->continuations[i].sequence);
+        free(r->continuations[i].ids);
+        free(r->continuations[i].text.data);
+    }
+    kv_free(kv, &r->prefix);
+    free(r->continuations);
+    free(r->logits);
+    free(r->ids);
+    free(r->prompt);
+    free(r->error);
+    free(r);
+}
+
+// ---- 10. Input ----
+// Where prompts come from: records of a file descriptor, read as they are needed, and the escapes in them. Any byte
+// may come.
+
+typedef struct {
+    int fd;
+    char delimiter;            // newline or NUL
+    Bytes buffer;
+    size_t start, scanned;     // the next record begins at start; there is no delimiter before scanned
+    bool ended;
+    long line;                 // of the last record, from 1
+} Records;
+
+// The next record, without its delimiter, valid until the next call. 1: there is one; 0: none yet, and `wait` is
+// false or a signal came; -1: no more.
+static int next_record(Records *in, bool wait, char **text, size_t *n) {
+    for (;;) {
+        char *end = in->scanned < in->buffer.size
+                  ? memchr(in->buffer.data + in->scanned, in->delimiter, in->buffer.size - in->scanned) : NULL;
+        if (end || (in->ended && in->start < in->buffer.size)) {
+            *text = in->buffer.data + in->start;
+            *n = (end ? (size_t)(end - in->buffer.data) : in->buffer.size) - in->start;
+            in->start = in->scanned = in->start + *n + (end != NULL);
+            in->line++;
+            if (in->delimiter == '\n' && *n && (*text)[*n - 1] == '\r') --*n;
+            return 1;
+        }
+        if (in->ended) return -1;
+        struct pollfd ready = { .fd = in->fd, .events = POLLIN };
+        if (!wait && poll(&ready, 1, 0) <= 0) return 0;
+
+        in->buffer.size -= in->start;
+        if (in->start && in->buffer.size) memmove(in->buffer.data, in->buffer.data + in->start, in->buffer.size);
+        in->start = 0;
+        in->scanned = in->buffer.size;
+        in->buffer.data = grow(in->buffer.data, &in->buffer.room, in->buffer.size + 65536);
+        ssize_t got = read(in->fd, in->buffer.data + in->buffer.size, 65536);
+        if (got < 0 && errno != EINTR) die("cannot read standard input: %s", strerror(errno));
+        if (got < 0 && interrupted) return 0;
+        if (got == 0) in->ended = true;
+        if (got > 0) in->buffer.size += (size_t)got;
+    }
+}
+
+static Bytes read_file(const char *name) {
+    int fd = strcmp(name, "-") == 0 ? STDIN_FILENO : open(name, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) die("cannot open %s: %s", name, strerror(errno));
+    Bytes b = {0};
+    for (ssize_t got = 1; got != 0;) {
+        b.data = grow(b.data, &b.room, b.size + 65536);
+        got = read(fd, b.data + b.size, 65536);
+        if (got < 0 && (errno != EINTR || interrupted)) die("cannot read %s: %s", name, strerror(errno));
+        if (got > 0) b.size += (size_t)got;
+    }
+    if (fd != STDIN_FILENO) close(fd);
+    return b;
+}
+
+// The value of `digits` hexadecimal digits at s[0 .. n), or -1.
+static long hex(const char *s, size_t n, size_t digits) {
+    long value = 0;
+    if (n < digits) return -1;
+    for (size_t i = 0; i < digits; i++) {
+        if (!isxdigit((unsigned char)s[i])) return -1;
+        value = value * 16 + (isdigit((unsigned char)s[i]) ? s[i] - '0' : tolower((unsigned char)s[i]) - 'a' + 10);
+    }
+    return value;
+}
+
+static size_t put_utf8(char *out, long code) {
+    if (code < 0x80) return out[0] = (char)code, 1;
+    size_t n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
+    out[0] = (char)((0xF00 >> n & 0xF0) | code);
+    return n;
+}
+
+// Decodes \n \t \r \\ \" \0 \xHH \uHHHH in place and returns the new length. What is no escape stays as it is.
+static size_t unescape(char *s, size_t n) {
+    size_t out = 0;
+    for (size_t i = 0; i < n;) {
+        static const char names[] = "ntr\\\"0", bytes[] = "\n\t\r\\\"\0";
+        char c = s[i], next = i + 1 < n ? s[i + 1] : 0;
+        const char *name = c == '\\' && next ? strchr(names, next) : NULL;
+        if (name) {
+            s[out++] = bytes[name - names];
+            i += 2;
+            continue;
+        }
+        if (c == '\\' && next == 'x' && hex(s + i + 2, n - i - 2, 2) >= 0) {
+            s[out++] = (char)hex(s + i + 2, n - i - 2, 2);
+            i += 4;
+            continue;
+        }
+        if (c == '\\' && next == 'u') {
+            long code = hex(s + i + 2, n - i - 2, 4), low = -1;
+            size_t used = 6;
+            if (code >= 0xD800 && code < 0xDC00 && n - i >= 12 && s[i + 6] == '\\' && s[i + 7] == 'u')
+                low = hex(s + i + 8, n - i - 8, 4);
+            if (low >= 0xDC00 && low < 0xE000) {
+                code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+                used = 12;
+            }
+            if (code >= 0 && (code < 0xD800 || code >= 0xE000)) {      // half a pair is no character
+                out += put_utf8(s + out, code);
+                i += used;
+                continue;
+            }
+        }
+        s[out++] = s[i++];
+    }
+    return out;
+}
+
+// ---- 11. Output ----
+// Text and JSON on standard output. A text goes out whole or, streamed, in whole characters; it is never edited, only
+// escaped where a line or a terminal needs it.
+
+typedef enum { PLAIN, LINE, ZERO_ENDED, JSON } Form;
+
+static bool terminal;          // is standard output one? Then control characters are shown, not sent
+
+// How many bytes at s[0 .. n), which do not begin a character, one U+FFFD stands for: Unicode's maximal part.
+static size_t broken_part(const char *s, size_t n) {
+    for (size_t k = n < 3 ? n : 3; k > 1; k--)
+        if (utf8_unfinished(s, k) == k) return k;
+    return 1;
+}
+
+static void append_text(Bytes *out, const char *s, size_t n, Form form) {
+    for (size_t length; n > 0; s += length, n -= length) {
+        uint32_t code;
+        char escape[16] = "";
+        length = utf8_char(s, n, &code);
+        bool broken = code == UINT32_MAX;
+        if (broken) code = (uint8_t)s[0];
+        const char *short_names = form == LINE ? "\n\r\t\\" : form == JSON ? "\n\r\t\\\"" : "";
+        bool control = code < 0x20 || (code >= 0x7F && code < 0xA0);
+        if (broken && form == JSON) {
+            length = broken_part(s, n);
+            append_string(out, "\xEF\xBF\xBD");
+            continue;
+        }
+        if (code && strchr(short_names, (int)code) && code < 0x80)
+            snprintf(escape, sizeof escape, "\\%c", code == '\n' ? 'n' : code == '\r' ? 'r' : code == '\t' ? 't' : (char)code);
+        else if (code == 0 && form == LINE) strcpy(escape, "\\0");
+        else if (code == 0 && form == ZERO_ENDED) strcpy(escape, "\xEF\xBF\xBD");
+        else if (form == JSON && (code < 0x20 || (terminal && control))) snprintf(escape, sizeof escape, "\\u%04x", code);
+        else if (terminal && (broken || (control && code != '\n' && code != '\t')))
+            snprintf(escape, sizeof escape, broken || code < 0x80 ? "\\x%02x" : "\\u%04x", code);
+        if (*escape) append_string(out, escape);
+        else append(out, s, length);
+    }
+}
+
+static void append_json(Bytes *out, const char *key, const char *s, size_t n) {
+    append_string(out, key);
+    append_string(out, "\"");
+    append_text(out, s, n, JSON);
+    append_string(out, "\"");
+}
+
+static void print(Bytes *b) {
+    write_all(stdout, b->data, b->size, "standard output");
+    free(b->data);
+    *b = (Bytes){0};
+}
+
+__attribute__((format(printf, 2, 3)))
+static void append_format(Bytes *b, const char *format, ...) {
+    char s[128];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(s, sizeof s, format, arguments);
+    va_end(arguments);
+    append_string(b, s);
+}
+
+// {"prompt", "generated_text", "finish_reason", "prompt_tokens", "new_tokens", "seed"} or {"prompt", "error"}.
+static void append_request_json(Bytes *out, const Request *r, int returns, bool echo) {
+    static const char *const reasons[] = { [BY_EOS] = "eos", [BY_LENGTH] = "length", [BY_STOP] = "stop" };
+    append_json(out, "{\"prompt\": ", r->prompt, r->prompt_size);
+    if (r->error) append_json(out, ", \"error\": ", r->error, strlen(r->error));
+    else {
+        append_string(out, ", \"generated_text\": [");
+        for (int i = 0; i < returns; i++) {
+            Bytes text = {0};              // joined first: a character may begin in the one and end in the other
+            if (echo) append(&text, r->prompt, r->prompt_size);
+            append(&text, r->continuations[i].text.data, r->continuations[i].text.size);
+            append_json(out, i ? ", " : "", text.data, text.size);
+            free(text.data);
+        }
+        append_string(out, "], \"finish_reason\": [");
+        for (int i = 0; i < returns; i++) append_format(out, "%s\"%s\"", i ? ", " : "", reasons[r->continuations[i].reason]);
+        append_format(out, "], \"prompt_tokens\": %d, \"new_tokens\": [", r->given);
+        for (int i = 0; i < returns; i++) append_format(out, "%s%d", i ? ", " : "", r->continuations[i].n);
+        append_format(out, "], \"seed\": %llu", (unsigned long long)r->seed);
+    }
+    append_string(out, "}\n");
+}
+
+// ---- 12. Commands ----
+// What the options ask for, one function each. They return the exit status.
+
+typedef struct {
+    const char *model, *prompt, *file, *truncate, *logits;
+    const char *stops[MAX_STOPS];
+    int n_stops;
+    bool no_escape, null, ignore_eos, no_echo, no_special, json, tokenize, detokenize, info, verify, quiet, verbose,
+         help, version;
+    long new_tokens, top_k, returns, seed, threads, batch, rows;   // seed -1: drawn from the system
+    double temperature, top_p, min_p, penalty;
+} Options;
+
+// Prompts one by one: the one of -p or -f, or the records of standard input.
+typedef struct { const Options *o; Records records; bool single, given; char *owned; } Prompts;
+
+static Prompts prompts_open(const Options *o) {
+    Prompts p = { .o = o, .single = o->prompt || o->file,
+                  .records = { .fd = STDIN_FILENO, .delimiter = o->null ? 0 : '\n' } };
+    if (!p.single && isatty(STDIN_FILENO))
+        usage_error(USAGE_LINE);
+    return p;
+}
+
+// As next_record, with escapes decoded where they are to be; *line is 0 for a single prompt.
+static int next_prompt(Prompts *p, bool wait, char **text, size_t *n, long *line) {
+    *line = 0;
+    if (p->single) {
+        if (p->given) return -1;
+        p->given = true;
+        Bytes b = {0};
+        if (p->o->file) b = read_file(p->o->file);
+        else append(&b, p->o->prompt, strlen(p->o->prompt));
+        if (p->o->prompt && !p->o->no_escape) b.size = unescape(b.data, b.size);
+        *text = p->owned = b.data;
+        *n = b.size;
+        return 1;
+    }
+    int got = next_record(&p->records, wait, text, n);
+    if (got == 1 && !p->o->no_escape && !p->o->null) *n = unescape(*text, *n);
+    *line = p->records.line;
+    return got;
+}
+
+static void prompts_close(Prompts *p) {
+    free(p->owned);
+    free(p->records.buffer.data);
+}
+
+static uint32_t *encode(const Model *m, const Options *o, const char *text, size_t n, size_t *count) {
+    uint32_t *ids = allocate(n + 1, sizeof *ids);
+    ptrdiff_t got = tokenizer_encode(&m->tokenizer, text, n, o->no_special, ids);
+    if (got < 0) die("out of memory for a prompt of %zu bytes", n);
+    *count = (size_t)got;
+    return ids;
+}
+
+// The ids that the model is given for a text, in r: cut as --truncate says, <|start|> for an empty one. A text that
+// cannot be run leaves its reason in r->error.
+static void give_tokens(Request *r, const Model *m, const Options *o, long new_tokens) {
+    size_t count;
+    r->ids = encode(m, o, r->prompt, r->prompt_size, &count);
+    size_t context = (size_t)m->c.context, most = new_tokens > 0 ? context - 1 : context;
+    size_t keep = o->truncate ? context - (size_t)(new_tokens < m->c.context ? new_tokens : m->c.context) : most;
+    if (count == 0 && m->start_token == TOKENIZER_NONE) {
+        r->error = format_string("the prompt is empty and the model has no <|start|> token; give a prompt");
+        return;
+    }
+    if (count == 0) {
+        r->ids[0] = m->start_token;
+        r->n = 1;
+        if (most >= 1) return;
+    }
+    if (o->truncate && keep == 0)
+        r->error = format_string("%ld new tokens leave no place for a prompt in the context of %zu; a smaller -n does",
+                                 new_tokens, context);
+    else if (o->truncate && count > keep) {
+        if (strcmp(o->truncate, "left") == 0) memmove(r->ids, r->ids + count - keep, keep * sizeof *r->ids);
+        count = keep;
+    } else if (count > most || most == 0)
+        r->error = format_string("the prompt has %zu tokens, the context holds %zu%s; shorten it, or cut it with "
+                                 "--truncate left", count, context, new_tokens > 0 ? ", new ones included" : "");
+    if (r->error) return;
+    r->n = r->given = (int)count;
+}
+
+// Everything `generate` knows; the scheduler's callbacks get it.
+typedef struct {
+    const Options *o;
+    const Model *m;
+    Scheduler s;
+    Prompts prompts;
+    bool stream;               // one prompt, one continuation: shown as it grows
+    size_t shown;              // bytes of the continuation
+    bool some_failed;
+} Generation;
+
+static uint64_t system_seed(void) {
+    uint64_t seed;
+    if (getentropy(&seed, sizeof seed) != 0) die("cannot draw a seed from the system: %s; give one with -s", strerror(errno));
+    return seed >> 11;
+}
+
+static Request *read_request(void *arg, bool wait, bool *ended) {
+    Generation *g = arg;
+    char *text;
+    size_t n;
+    long line;
+    int got = next_prompt(&g->prompts, wait, &text, &n, &line);
+    if (got < 0) *ended = true;
+    if (got < 1) return NULL;
+    Request *r = allocate(1, sizeof *r);
+    Bytes prompt = {0};
+    append(&prompt, text, n);
+    *r = (Request){ .line = line, .prompt = prompt.data, .prompt_size = n };
+    give_tokens(r, g->m, g->o, g->o->new_tokens);
+    long room = g->m->c.context - r->n;
+    r->limit = (int)(g->o->new_tokens < room ? g->o->new_tokens : room);
+    r->seed = g->o->seed >= 0 ? (uint64_t)g->o->seed : system_seed();
+    r->hash = hash_tokens(r->ids, r->given);
+    if (g->stream && !r->error && !g->o->no_echo) {
+        Bytes out = {0};
+        append_text(&out, r->prompt, r->prompt_size, g->o->null ? ZERO_ENDED : PLAIN);
+        print(&out);
+        flush_stdout();
+    }
+    return r;
+}
+
+// Shows what is certain of a streamed continuation: no stop text can begin in it, and its characters are whole.
+static void show_progress(void *arg, Continuation *c) {
+    Generation *g = arg;
+    if (!g->stream) return;
+    size_t end = c->text.size;
+    if (c->reason == UNDECIDED) {
+        end -= held_for_stop(&g->s, &c->text);
+        end -= utf8_unfinished(c->text.data, end);
+    }
+    if (end <= g->shown) return;
+    Bytes out = {0};
+    append_text(&out, c->text.data + g->shown, end - g->shown, g->o->null ? ZERO_ENDED : PLAIN);
+    g->shown = end;
+    print(&out);
+    flush_stdout();
+}
+
+static void show_request(void *arg, Request *r) {
+    Generation *g = arg;
+    const Options *o = g->o;
+    Bytes out = {0};
+    char where[32] = "";
+    if (r->line) snprintf(where, sizeof where, "line %ld: ", r->line);
+    if (r->error) {
+        g->some_failed = true;
+        fprintf(stderr, "kl3m: %s%s\n", where, r->error);
+    } else if (o->verbose) fprintf(stderr, "kl3m: %sseed %llu\n", where, (unsigned long long)r->seed);
+    if (o->json) append_request_json(&out, r, g->s.returns, !o->no_echo);
+    else for (int i = 0; i < g->s.returns; i++) {
+        Form form = o->null ? ZERO_ENDED : LINE;
+        if (!r->error && !g->stream) {
+            Bytes text = {0};
+            if (!o->no_echo) append(&text, r->prompt, r->prompt_size);
+            append(&text, r->continuations[i].text.data, r->continuations[i].text.size);
+            append_text(&out, text.data, text.size, form);
+            free(text.data);
+        }
+        append(&out, o->null ? "" : "\n", 1);
+    }
+    print(&out);
+    flush_stdout();
+    request_free(r, g->s.returns, &g->s.kv);
+}
+
+// After a signal: what is finished is printed, and an empty place for what stands unfinished before it.
+static void show_interrupted(Generation *g) {
+    Request *end = g->s.first;
+    for (Request *r = g->s.first; r; r = r->next)
+        if (r->done || g->stream) end = r->next;
+    while (g->s.first != end) {
+        Request *r = g->s.first;
+        g->s.first = r->next;
+        if (!r->done && !g->stream) r->error = format_string("interrupted");
+        show_request(g, r);
+    }
+}
+
+static int generate(const Options *o, const Model *m, const Kernels *kernels) {
+    Bytes stops[MAX_STOPS] = {{0}};
+    for (int i = 0; i < o->n_stops; i++) {
+        append_string(&stops[i], o->stops[i]);
+        if (!o->no_escape) stops[i].size = unescape(stops[i].data, stops[i].size);
+    }
+    Generation g = {
+        .o = o, .m = m, .prompts = prompts_open(o), .stream = (o->prompt || o->file) && o->returns == 1 && !o->json,
+        .s = { .m = m, .sampling = { o->temperature, o->top_p, o->min_p, o->penalty, o->top_k },
+               .returns = (int)o->returns, .batch = (int)o->batch, .max_rows = (int)o->rows,
+               .ignore_eos = o->ignore_eos, .stops = stops, .n_stops = o->n_stops, .source = read_request,
+               .progress = show_progress, .sink = show_request, .work.kernels = kernels },
+    };
+    g.s.arg = &g;
+    double start = seconds();
+    schedule(&g.s);
+    if (interrupted) show_interrupted(&g);
+    double taken = seconds() - start;
+    if (o->verbose)
+        fprintf(stderr, "kl3m: %ld passes, %ld rows, %ld new tokens in %.3f s, %.1f tokens/s, %s, %d threads\n",
+                g.s.passes, g.s.rows_run, g.s.tokens_drawn, taken, (double)g.s.tokens_drawn / taken, kernels->name,
+                pool.threads);
+    while (g.s.first) {
+        Request *r = g.s.first;
+        g.s.first = r->next;
+        request_free(r, g.s.returns, &g.s.kv);
+    }
+    kv_close(&g.s.kv);
+    for (int i = 0; i < o->n_stops; i++) free(stops[i].data);
+    prompts_close(&g.prompts);
+    return interrupted ? interrupted : g.some_failed ? SOME_FAILED : OK;
+}
+
+static int tokenize(const Options *o, const Model *m) {
+    Prompts prompts = prompts_open(o);
+    char *text;
+    size_t n, count;
+    long line;
+    while (!interrupted && next_prompt(&prompts, true, &text, &n, &line) == 1) {
+        uint32_t *ids = encode(m, o, text, n, &count);
+        Bytes out = {0};
+        for (size_t i = 0; i < count; i++) {
+            char digits[12], *d = digits + sizeof digits;      // by hand: printf would take longer than encoding
+            uint32_t id = ids[i];
+            do *--d = (char)('0' + id % 10); while (id /= 10);
+            if (i) append(&out, " ", 1);
+            append(&out, d, (size_t)(digits + sizeof digits - d));
+        }
+        append(&out, "\n", 1);
+        print(&out);
+        free(ids);
+    }
+    flush_stdout();
+    prompts_close(&prompts);
+    return interrupted;
+}
+
+// Ids separated by spaces become text. False: what stands at *bad is no id of the model.
+static bool decode_line(const Model *m, const char *s, size_t n, Bytes *text, size_t *bad) {
+    for (size_t i = 0; i < n;) {
+        if (s[i] == ' ') {
+            i++;
+            continue;
+        }
+        uint64_t id = 0;
+        for (*bad = i; i < n && isdigit((unsigned char)s[i]) && id < UINT32_MAX; i++) id = id * 10 + (uint64_t)(s[i] - '0');
+        if (i == *bad || (i < n && s[i] != ' ') || id >= (uint64_t)m->c.vocab) return false;
+        size_t length;
+        const char *bytes = tokenizer_text(&m->tokenizer, (uint32_t)id, &length);
+        if (!tokenizer_is_special(&m->tokenizer, (uint32_t)id)) append(text, bytes, length);
+    }
+    return true;
+}
+
+static int detokenize(const Options *o, const Model *m) {
+    // Lines of ids come from -p or -f as from standard input; they end in a newline, with -0 too.
+    Records in = { .fd = STDIN_FILENO, .delimiter = '\n' };
+    if (o->file && strcmp(o->file, "-") != 0 && (in.fd = open(o->file, O_RDONLY | O_CLOEXEC)) < 0)
+        die("cannot open %s: %s", o->file, strerror(errno));
+    if (o->prompt) {
+        append_string(&in.buffer, o->prompt);
+        in.ended = true;
+    } else if (!o->file && isatty(STDIN_FILENO)) usage_error(USAGE_LINE);
+    int status = OK;
+    char *s;
+    size_t n, bad = 0;
+    while (!interrupted && next_record(&in, true, &s, &n) == 1) {
+        Bytes text = {0}, out = {0};
+        if (decode_line(m, s, n, &text, &bad)) append_text(&out, text.data, text.size, o->null ? ZERO_ENDED : LINE);
+        else {
+            size_t length = 0;
+            while (bad + length < n && s[bad + length] != ' ' && length < 20) length++;
+            Bytes shown = {0};
+            append_text(&shown, s + bad, length, LINE);
+            fprintf(stderr, "kl3m: line %ld: %s is no token id from 0 to %d\n", in.line, shown.data, m->c.vocab - 1);
+            free(shown.data);
+            status = SOME_FAILED;
+        }
+        append(&out, o->null ? "" : "\n", 1);
+        print(&out);
+        free(text.data);
+    }
+    flush_stdout();
+    if (in.fd != STDIN_FILENO) close(in.fd);
+    free(in.buffer.data);
+    return interrupted ? interrupted : status;
+}
+
+// The logits of every position of one prompt, fp32, [tokens][vocab].
+static int write_logits(const Options *o, const Model *m, const Kernels *kernels) {
+    Prompts prompts = prompts_open(o);
+    char *text, *more;
+    size_t n, n_more;
+    long line;
+    if (next_prompt(&prompts, true, &text, &n, &line) != 1) {
+        if (interrupted) return interrupted;
+        usage_error("--logits: standard input holds no prompt");
+    }
+    Bytes prompt = {0};
+    append(&prompt, text, n);
+    if (next_prompt(&prompts, true, &more, &n_more, &line) == 1)
+        usage_error("--logits takes one prompt, and standard input holds more than one line");
+    Request r = { .prompt = prompt.data, .prompt_size = n };
+    give_tokens(&r, m, o, 0);
+    int status = OK;
+    if (r.error) {
+        fprintf(stderr, "kl3m: %s\n", r.error);
+        status = SOME_FAILED;
+    } else {
+        int rows = (int)o->rows < r.n ? (int)o->rows : r.n;
+        Work w = work_open(m, kernels, rows, rows);
+        KVCache kv = kv_open(&m->c);
+        Sequence sequence = {0};
+        Row *pass = allocate((size_t)rows, sizeof *pass);
+        Output out = output_open(o->logits);
+        kv_reserve(&kv, &sequence, r.n);
+        for (int done = 0, count; done < r.n && !interrupted; done += count) {
+            count = r.n - done < rows ? r.n - done : rows;
+            for (int i = 0; i < count; i++) pass[i] = (Row){ &sequence, done + i, r.ids[done + i], true };
+            forward(&w, pass, count);
+            for (int i = 0; i < count; i++)
+                write_all(out.file, logits_of(&w, i), (size_t)m->c.vocab * sizeof(float), o->logits);
+        }
+        output_close(&out, !interrupted);
+        kv_free(&kv, &sequence);
+        kv_close(&kv);
+        work_close(&w);
+        free(pass);
+        status = interrupted;
+    }
+    free(r.error);
+    free(r.ids);
+    free(r.prompt);
+    prompts_close(&prompts);
+    return status;
+}
+
+static int show_info(const Model *m) {
+    const Config *c = &m->c;
+    Bytes out = {0};
+    for (size_t i = 0, start = 0; i < m->about_size; i++) {
+        if (m->about[i] != '\n') continue;
+        const char *line = m->about + start, *tab = memchr(line, '\t', i - start);
+        size_t key = tab ? (size_t)(tab - line) : 0;
+        append_text(&out, line, key, LINE);
+        for (size_t pad = key; pad < 14; pad++) append(&out, " ", 1);
+        append_text(&out, line + key + (tab != NULL), i - start - key - (tab != NULL), LINE);
+        append(&out, "\n", 1);
+        start = i + 1;
+    }
+    double parameters = 0;
+    for (uint32_t i = 0; i < m->n_sections; i++) parameters += (double)m->sections[i].rows * m->sections[i].cols;
+    append_format(&out, "format        version %d, f32 weights, %zu bytes\n", FORMAT_VERSION, m->size);
+    append_format(&out, "parameters    %.0f\n", parameters);
+    append_format(&out, "layers        %d, %s residual\n", c->layers, c->parallel_residual ? "parallel" : "serial");
+    append_format(&out, "hidden        %d, intermediate %d\n", c->hidden, c->intermediate);
+    append_format(&out, "heads         %d of %d, %d for keys and values, rotary %d of %d, base %g\n", c->heads,
+                  c->head_size, c->kv_heads, c->rotary_dims, c->head_size, c->rotary_base);
+    append_format(&out, "vocabulary    %d, %u tokens\n", c->vocab, m->tokenizer.tokens);
+    append_format(&out, "context       %d tokens\n", c->context);
+    print(&out);
+    flush_stdout();
+    return OK;
+}
+
+// Reads the whole file and compares each section's checksum.
+static int verify(const Model *m) {
+    int damaged = 0;
+    for (uint32_t i = 0; i < m->n_sections && !interrupted; i++) {
+        const Section *s = &m->sections[i];
+        if (crc32_of(0, m->map + s->offset, s->size) == s->crc) continue;
+        fprintf(stderr, "kl3m: %s: the section %s is damaged; export the model again, or copy it again\n", m->path, s->name);
+        damaged++;
+    }
+    if (interrupted) return interrupted;
+    if (damaged) return FAILED;
+    printf("%s: %u sections, %zu bytes: the checksums are right\n", m->path, m->n_sections, m->size);
+    flush_stdout();
+    return OK;
+}
+
+// ---- 13. Options ----
+// One table: the parser, --help and the README's table (a test compares them) come from it. A number is parsed whole
+// and held to its range; nothing is clamped in silence. The environment is read here and nowhere else.
+
+typedef enum { FLAG, TEXT, STOP_TEXT, CHOICE, WHOLE, REAL } Kind;
+
+typedef struct {
+    char letter;               // or 0
+    const char *name, *value;  // value: its name in --help; for CHOICE the words, separated by |
+    Kind kind;
+    void *address;
+    double least, most;        // inclusive; most INFINITY: any finite number
+    bool above;                // the value must lie above least
+    const char *help;
+} Option;
+
+static Options options = {
+    .new_tokens = 128, .top_k = 50, .returns = 1, .seed = -1, .threads = 0, .batch = 12, .rows = 240,
+    .temperature = 0.3, .top_p = 1, .min_p = 0, .penalty = 1,
+};
+
+static const Option option_table[] = {
+    { 'm', "model", "FILE", TEXT, &options.model, 0, 0, 0, "the exported model (default: see below)" },
+    { 'p', "prompt", "TEXT", TEXT, &options.prompt, 0, 0, 0, "the prompt, escapes (\\n \\t \\xHH ...) decoded" },
+    { 'f', "file", "FILE", TEXT, &options.file, 0, 0, 0, "the whole file is the prompt; - is stdin" },
+    { 0, "no-escape", NULL, FLAG, &options.no_escape, 0, 0, 0, "take prompts and stop texts as they are" },
+    { '0', "null", NULL, FLAG, &options.null, 0, 0, 0, "prompts and texts end in NUL, as they are" },
+    { 'n', "max-new-tokens", "N", WHOLE, &options.new_tokens, 0, INT_MAX, 0, "at most N new tokens (128)" },
+    { 't', "temperature", "T", REAL, &options.temperature, 0, INFINITY, 0, "0 is greedy (0.3)" },
+    { 'k', "top-k", "K", WHOLE, &options.top_k, 0, INT_MAX, 0, "draw from the K likeliest; 0 is off (50)" },
+    { 0, "top-p", "P", REAL, &options.top_p, 0, 1, 0, "draw from the nucleus of probability P (1)" },
+    { 0, "min-p", "P", REAL, &options.min_p, 0, 1, 0, "least share of the likeliest's probability (0)" },
+    { 0, "repetition-penalty", "R", REAL, &options.penalty, 0, INFINITY, 1, "as in transformers (1)" },
+    { 'r', "num-return-sequences", "R", WHOLE, &options.returns, 1, 1 << 20, 0, "continuations of each prompt (1)" },
+    { 's', "seed", "S", WHOLE, &options.seed, 0, 9007199254740991.0, 0, "fixes every draw (the system's)" },
+    { 0, "stop", "TEXT", STOP_TEXT, NULL, 0, 0, 0, "end before TEXT; may be repeated" },
+    { 0, "ignore-eos", NULL, FLAG, &options.ignore_eos, 0, 0, 0, "go on past <|end|>" },
+    { 0, "no-echo", NULL, FLAG, &options.no_echo, 0, 0, 0, "print the continuation without the prompt" },
+    { 0, "truncate", "left|right", CHOICE, &options.truncate, 0, 0, 0, "cut a prompt there until N tokens fit" },
+    { 0, "no-special", NULL, FLAG, &options.no_special, 0, 0, 0, "read <|end|> in a prompt as plain text" },
+    { 0, "json", NULL, FLAG, &options.json, 0, 0, 0, "one JSON object a prompt, one a line" },
+    { 'j', "threads", "J", WHOLE, &options.threads, 1, 1024, 0, "threads (the CPUs this process may use)" },
+    { 'b', "batch", "B", WHOLE, &options.batch, 1, 1 << 16, 0, "most sequences in work at once (12)" },
+    { 0, "rows", "N", WHOLE, &options.rows, 1, 1 << 20, 0, "most rows (tokens) in one pass (240)" },
+    { 0, "tokenize", NULL, FLAG, &options.tokenize, 0, 0, 0, "print each prompt's token ids" },
+    { 0, "detokenize", NULL, FLAG, &options.detokenize, 0, 0, 0, "lines of token ids in, their text out" },
+    { 0, "logits", "FILE", TEXT, &options.logits, 0, 0, 0, "write the prompt's logits, fp32" },
+    { 0, "info", NULL, FLAG, &options.info, 0, 0, 0, "say what the model file holds" },
+    { 0, "verify", NULL, FLAG, &options.verify, 0, 0, 0, "check the model file's checksums" },
+    { 'q', "quiet", NULL, FLAG, &options.quiet, 0, 0, 0, "errors only on standard error" },
+    { 'v', "verbose", NULL, FLAG, &options.verbose, 0, 0, 0, "seeds and timings on standard error" },
+    { 'h', "help", NULL, FLAG, &options.help, 0, 0, 0, "this text" },
+    { 0, "version", NULL, FLAG, &options.version, 0, 0, 0, "the program's version" },
+};
+
+enum { OPTIONS = sizeof option_table / sizeof *option_table };
+
+static int show_help(void) {
+    Bytes out = {0};
+    append_string(&out, "usage: kl3m [options]\n"
+                        "Continues legal text with a KL3M model: -p TEXT, -f FILE, or a prompt a line\n"
+                        "on standard input. In brackets: the value when the option is not given.\n\n");
+    for (int i = 0; i < OPTIONS; i++) {
+        const Option *o = &option_table[i];
+        char left[64];
+        snprintf(left, sizeof left, "%c%c%s --%s%s%s", o->letter ? '-' : ' ', o->letter ? o->letter : ' ',
+                 o->letter ? "," : " ", o->name, o->value ? " " : "", o->value ? o->value : "");
+        append_format(&out, "  %-30s ", left);
+        append_string(&out, o->help);
+        append_string(&out, "\n");
+    }
+    append_string(&out, "\nThe model is $KL3M_MODEL, else kl3m-002-170m.bin in the current directory, in\n"
+                        "$XDG_DATA_HOME/kl3m (~/.local/share/kl3m), beside the program, or in\n"
+                        "../share/kl3m from there. KL3M_ISA=avx512|avx2|neon|portable forces a set of\n"
+                        "instructions. Exit status: 0 done, 1 failed, 2 wrong command line, 3 some\n"
+                        "prompts could not be run, 130 and 143 after Ctrl-C and SIGTERM.\n");
+    print(&out);
+    flush_stdout();
+    return OK;
+}
+
+static int show_version(void) {
+    printf("kl3m %s, model format %d\n", VERSION, FORMAT_VERSION);
+    flush_stdout();
+    return OK;
+}
+
+// "-n, --max-new-tokens" as messages name an option.
+static const char *option_title(const Option *o) {
+    static char title[64];
+    if (o->letter) snprintf(title, sizeof title, "-%c, --%s", o->letter, o->name);
+    else snprintf(title, sizeof title, "--%s", o->name);
+    return title;
+}
+
+static void parse_number(const Option *o, const char *text) {
+    char range[96], *end;
+    if (o->most == INFINITY) snprintf(range, sizeof range, "a number %s %.0f", o->above ? "above" : "of at least", o->least);
+    else snprintf(range, sizeof range, "%s from %.0f to %.0f", o->kind == WHOLE ? "a whole number" : "a number", o->least, o->most);
+    const char *allowed = o->kind == WHOLE ? "-0123456789" : "+-.0123456789eE";
+    errno = 0;
+    double value = strtod(text, &end);
+    bool parsed = *text && *end == 0 && strspn(text, allowed) == strlen(text);
+    if (parsed && o->kind == WHOLE) parsed = strrchr(text, '-') == NULL || strrchr(text, '-') == text;
+    if (!parsed || !isfinite(value) || value < o->least || value > o->most || (o->above && value <= o->least))
+        usage_error("%s: '%s' is not %s", option_title(o), text, range);
+    if (o->kind == REAL) *(double *)o->address = value;
+    else *(long *)o->address = (long)value;    // whole and at most 2^53 - 1: exact
+}
+
+static void set_option(const Option *o, const char *value) {
+    if (o->kind == FLAG) *(bool *)o->address = true;
+    else if (o->kind == WHOLE || o->kind == REAL) parse_number(o, value);
+    else if (o->kind == STOP_TEXT) {
+        if (options.n_stops == MAX_STOPS) usage_error("%s: more than %d stop texts", option_title(o), MAX_STOPS);
+        if (*value == 0) usage_error("%s: the text is empty", option_title(o));
+        options.stops[options.n_stops++] = value;
+    } else if (o->kind == CHOICE) {
+        size_t n = strlen(value);
+        const char *at = strstr(o->value, value);
+        bool whole = n && at && (at == o->value || at[-1] == '|') && (at[n] == 0 || at[n] == '|') && !strchr(value, '|');
+        if (!whole) usage_error("%s: '%s' is not one of %s", option_title(o), value, o->value);
+        *(const char **)o->address = value;
+    } else {
+        bool once = o->letter == 'p' || o->letter == 'f';
+        if (once && *(const char **)o->address) usage_error("%s is given twice; one prompt goes here, a file of prompts on standard input", option_title(o));
+        if (!once && *value == 0) usage_error("%s: the name is empty", option_title(o));
+        *(const char **)o->address = value;
+    }
+}
+
+static const Option *find_option(char letter, const char *name, size_t n) {
+    for (int i = 0; i < OPTIONS; i++) {
+        const Option *o = &option_table[i];
+        if (letter ? o->letter == letter : strlen(o->name) == n && strncmp(o->name, name, n) == 0) return o;
+    }
+    return NULL;
+}
+
+static void parse_options(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        char *arg = argv[i];
+        if (strcmp(arg, "--") == 0 && i + 1 == argc) break;
+        if (strcmp(arg, "--") == 0) arg = argv[i + 1];
+        if (arg != argv[i] || arg[0] != '-' || arg[1] == 0)
+            usage_error("'%s' is no option; a prompt goes after -p", arg);
+        if (arg[1] == '-') {
+            size_t n = strcspn(arg + 2, "=");
+            for (char *c = arg + 2; c < arg + 2 + n; c++)
+                if (*c == '_') *c = '-';
+            const Option *o = find_option(0, arg + 2, n);
+            const char *value = arg[2 + n] ? arg + 3 + n : NULL;
+            if (o == NULL) usage_error("--%.*s is no option", (int)n, arg + 2);
+            if (o->kind == FLAG && value) usage_error("%s takes no value", option_title(o));
+            if (o->kind != FLAG && value == NULL && ++i == argc) usage_error("%s needs a value: %s", option_title(o), o->value);
+            set_option(o, value ? value : argv[i]);
+            continue;
+        }
+        for (char *c = arg + 1; *c; c++) {     // -qv, -n32
+            const Option *o = find_option(*c, NULL, 0);
+            if (o == NULL) usage_error("-%c is no option", *c);
+            if (o->kind == FLAG) {
+                set_option(o, NULL);
+                continue;
+            }
+            if (c[1] == 0 && ++i == argc) usage_error("%s needs a value: %s", option_title(o), o->value);
+            set_option(o, c[1] ? c + 1 : argv[i]);
+            break;
+        }
+    }
+    if (options.prompt && options.file) usage_error("-p, --prompt and -f, --file exclude each other");
+    int commands = options.tokenize + options.detokenize + (options.logits != NULL) + options.info + options.verify;
+    if (commands > 1) usage_error("--tokenize, --detokenize, --logits, --info and --verify exclude each other");
+    if (options.quiet) options.verbose = false;
+}
+
+// The first model there is where --help says one may be; a message with the names that were tried if there is none.
+static char *find_model(const char *program) {
+    if (options.model) return format_string("%s", options.model);
+    const char *named = getenv("KL3M_MODEL"), *data = getenv("XDG_DATA_HOME"), *home = getenv("HOME");
+    if (named && *named) return format_string("%s", named);
+    const char *file = "kl3m-002-170m.bin";
+    char beside[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", beside, sizeof beside - 1);     // Linux; elsewhere the name it was called by
+    if (n < 0) n = snprintf(beside, sizeof beside, "%s", program);
+    beside[n < (ssize_t)sizeof beside ? n : 0] = 0;
+    char *slash = strrchr(beside, '/');
+    if (slash) *slash = 0;
+    char *places[] = {
+        format_string("%s", file),
+        data && *data ? format_string("%s/kl3m/%s", data, file) : format_string("%s/.local/share/kl3m/%s", home ? home : "", file),
+        format_string("%s/%s", slash ? beside : ".", file),
+        format_string("%s/../share/kl3m/%s", slash ? beside : ".", file),
+    };
+    char *found = NULL;
+    for (int i = 0; i < 4; i++) {
+        if (!found && access(places[i], F_OK) == 0) found = places[i];
+        else free(places[i]);
+    }
+    if (!found)
+        die("there is no model: no %s in the current directory, in $XDG_DATA_HOME/kl3m (~/.local/share/kl3m), beside "
+            "the program or in ../share/kl3m from there; make one with export_weights.py, or name one with -m FILE or "
+            "$KL3M_MODEL", file);
+    return found;
+}
+
+// The kernels of the set of instructions that KL3M_ISA asks for, else the fastest.
+static const Kernels *find_kernels(void) {
+    const char *isa = getenv("KL3M_ISA");
+    const Kernels *kernels = choose_kernels(isa && *isa ? isa : NULL);
+    if (kernels == NULL)
+        die("KL3M_ISA=%s: there is no such set of instructions in this CPU; avx512, avx2, neon and portable are the "
+            "names", isa);
+    return kernels;
+}
+
+// The CPUs that this process may use at once: its affinity mask, or the quota of its cgroup if that is less.
+static int usable_cpus(void) {
+    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
+    static const char *const quotas[] = { "/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us" };
+    for (int i = 0; i < 2; i++) {
+        FILE *f = fopen(quotas[i], "r");
+        long quota = 0, period = 100000;       // version 2: "quota period" or "max period"; 1: the quota, -1 for none
+        if (f && fscanf(f, "%ld %ld", &quota, &period) >= 1 && quota > 0 && period > 0 && (quota + period - 1) / period < cpus)
+            cpus = (quota + period - 1) / period;
+        if (f) fclose(f);
+    }
+#endif
+    return cpus < 1 ? 1 : cpus > 1024 ? 1024 : (int)cpus;
+}
+
+// ---- 14. Main ----
+
+static void on_bus_error(int number) {
+    (void)number;
+    static const char message[] = "kl3m: the model file was cut or its disk failed while it was in use\n";
+    if (write(STDERR_FILENO, message, sizeof message - 1) < 0) {}
+    _exit(FAILED);
+}
+
+static int run_command(const char *program) {
+    char *path = find_model(program);
+    Model m = model_open(path);
+    const Kernels *kernels = find_kernels();
+    int status;
+    if (options.info) status = show_info(&m);
+    else if (options.verify) status = verify(&m);
+    else if (options.tokenize) status = tokenize(&options, &m);
+    else if (options.detokenize) status = detokenize(&options, &m);
+    else {
+        threads_start(options.threads ? (int)options.threads : usable_cpus());
+        status = options.logits ? write_logits(&options, &m, kernels) : generate(&options, &m, kernels);
+        threads_stop();
+    }
+    model_close(&m);
+    free(path);
+    return status;
+}
+
+#ifndef KL3M_TEST   // tests/unit.c includes this file
+int main(int argc, char **argv) {
+    signal(SIGPIPE, SIG_DFL);                  // a closed pipe ends the program quietly, whoever started it
+    struct sigaction stop = { .sa_handler = on_signal };     // no SA_RESTART: a read that waits is interrupted
+    sigaction(SIGINT, &stop, NULL);
+    sigaction(SIGTERM, &stop, NULL);
+    signal(SIGBUS, on_bus_error);
+    parse_options(argc, argv);
+    terminal = isatty(STDOUT_FILENO);
+    if (options.help) return show_help();
+    if (options.version) return show_version();
+    return run_command(argv[0]);
+}
+#endif
+#endif   // not KIND

@@ -1,0 +1,152 @@
+"""What every test uses: registering tests, running the programs, temporary models.
+
+A test is a function under @test("the sentence it shows"); it fails by raising (assert does),
+and raises Skip("why") where something it needs is not there. run.py runs those of test_*.py.
+"""
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import models
+
+ROOT = Path(__file__).resolve().parent.parent
+KL3M = Path(os.environ.get("KL3M") or ROOT / "kl3m").resolve()
+SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared").is_dir() else None
+
+tests = []  # (module, sentence, function), in the order in which they were met
+
+
+class Skip(Exception):
+    """Raised by a test that cannot run here; its text says why."""
+
+
+def test(sentence):
+    def register(function):
+        tests.append((function.__module__, sentence, function))
+        return function
+    return register
+
+
+def reason(error):
+    """The failure in a few lines: the last place in the tests outside this file, and what."""
+    place = [frame for frame in traceback.extract_tb(error.__traceback__)
+             if Path(frame.filename).parent == ROOT / "tests" and frame.filename != __file__][-1]
+    kind = "" if type(error) is AssertionError else type(error).__name__ + " "
+    text = "%s:%d: %s%s" % (Path(place.filename).name, place.lineno, kind, str(error) or place.line)
+    return "    " + text.replace("\n", "\n    ")
+
+
+def run_tests(words=()):
+    """Runs the registered tests, or those whose module or sentence contains one of the words,
+    and returns the exit status."""
+    count = {"ok": 0, "FAIL": 0, "skip": 0}
+    for module, sentence, function in tests:
+        if words and not any(word in module or word in sentence for word in words):
+            continue
+        start, kind, more = time.monotonic(), "ok", ""
+        try:
+            function()
+        except Skip as why:
+            kind, more = "skip", ": %s" % why
+        except Exception as error:
+            kind, more = "FAIL", "\n" + reason(error)
+        took = time.monotonic() - start
+        if kind == "ok" and took > 2:
+            more = " (%.1f s)" % took
+        count[kind] += 1
+        print("%-4s %s%s" % (kind, sentence, more), flush=True)
+    skipped = ", %d skipped" % count["skip"] if count["skip"] else ""
+    print("%d passed, %d failed%s" % (count["ok"], count["FAIL"], skipped))
+    return 1 if count["FAIL"] or sum(count.values()) == 0 else 0
+
+
+def expect(got, want, what=""):
+    """Fails where the two differ, and shows both (their beginnings, if they are long)."""
+    if got != want:
+        def clip(x):
+            text = repr(x)
+            return text if len(text) < 400 else text[:400] + "..."
+        raise AssertionError("%s\n  got  %s\n  want %s" % (what, clip(got), clip(want)))
+
+
+def tmpdir():
+    """A fresh directory that is gone when the tests end."""
+    path = Path(tempfile.mkdtemp(prefix="kl3m-test-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+class Result:
+    def __init__(self, out, err, code):
+        self.out = out                            # bytes: text out need not be UTF-8
+        self.err = err.decode("utf-8", "replace")
+        self.code = code                          # negative: the signal that ended it
+
+    @property
+    def text(self):
+        return self.out.decode("utf-8")
+
+
+def run(command, input=None, env=None, timeout=60, cwd=None):
+    """Runs a command. env adds to the environment; a value of None takes a name out of it."""
+    full = dict(os.environ)
+    full.pop("KL3M_MODEL", None)
+    for name, value in (env or {}).items():
+        if value is None:
+            full.pop(name, None)
+        else:
+            full[name] = value
+    command = [str(word) if isinstance(word, Path) else word for word in command]
+    try:
+        done = subprocess.run(command, input=b"" if input is None else input, env=full, cwd=cwd,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise AssertionError("still running after %g s: %r" % (timeout, command))
+    return Result(done.stdout, done.stderr, done.returncode)
+
+
+def run_kl3m(*args, input=None, env=None, timeout=60, cwd=None, program=None):
+    """Runs the program (or another build of it) with these options."""
+    args = [str(a) if isinstance(a, (int, float)) else a for a in args]
+    return run([program or KL3M, *args], input, env, timeout, cwd)
+
+
+def run_export(*args, input=None, env=None, timeout=120, cwd=None):
+    return run([sys.executable, ROOT / "export_weights.py", *args], input, env, timeout, cwd)
+
+
+def export(directory, out=None, *args):
+    """Exports a Hugging Face directory and returns the model file's path."""
+    out = Path(out) if out else tmpdir() / "model.bin"
+    done = run_export(directory, "-o", out, *args)
+    assert done.code == 0, "export_weights.py ended with %d: %s" % (done.code, done.err)
+    return out
+
+
+@functools.lru_cache(maxsize=None)
+def _cached_directory(options):
+    directory = tmpdir()
+    models.write_model(directory, **dict(options))
+    return directory
+
+
+@functools.lru_cache(maxsize=None)
+def _cached_bin(options):
+    return export(_cached_directory(options))
+
+
+def small_directory(**options):
+    """A Hugging Face directory with a tiny random model; options are write_model's."""
+    return _cached_directory(tuple(sorted(options.items())))
+
+
+def small_model(**options):
+    """The same model, exported. One call with the same options is one file: do not change it."""
+    return _cached_bin(tuple(sorted(options.items())))

@@ -1,0 +1,980 @@
+"""export_weights.py: the file read back by another reader, what is refused, what is left behind.
+
+The reader follows the README's description of the format and shares nothing with the exporter.
+Most cases call the exporter's main() in this process, which is quicker than a process for each.
+"""
+import contextlib
+import copy
+import functools
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import zlib
+from array import array
+from pathlib import Path
+
+import models
+from harness import ROOT, SHARED, Skip, expect, run_export, test, tmpdir
+
+sys.path.insert(0, str(ROOT))
+sys.dont_write_bytecode = True   # no __pycache__ beside the program
+import export_weights  # noqa: E402
+
+NONE = 0xFFFFFFFF
+TOKENS, ROWS = 300, 304   # of the tiny model: some rows of its embedding have no token
+QKV = "gpt_neox.layers.0.attention.query_key_value."
+
+
+# ---- Reader -----------------------------------------------------------------------------------
+
+class ModelFile:
+    """A model file as the format describes it, every claim checked."""
+
+    def __init__(self, path):
+        data = Path(path).read_bytes()
+        magic, version, count, size, checksum = struct.unpack_from("<8sIIQI", data)
+        expect((magic, version, size), (b"KL3M\r\n\x1a\n", 1, len(data)), "header")
+        expect(checksum, zlib.crc32(data[:24] + data[64:64 + 96 * count]), "checksum of the table")
+        expect(data[28:64], bytes(36), "the header's last bytes")
+        self.sections, end = {}, 64 + 96 * count
+        for n in range(count):
+            name, kind, checksum, offset, size, rows, cols, layout, zero = struct.unpack_from(
+                "<56sIIQQIIII", data, 64 + 96 * n)
+            name = name.rstrip(b"\0").decode()
+            expect(offset, -(-end // 64) * 64, name + ": the next multiple of 64")
+            expect(data[end:offset], bytes(offset - end), name + ": the gap before it")
+            end = offset + size
+            assert end <= len(data) and zero == 0 and name not in self.sections, name
+            expect(zlib.crc32(data[offset:end]), checksum, name + ": checksum")
+            self.sections[name] = kind, rows, cols, layout, data[offset:end]
+        expect(end, len(data), "the file's end")
+        self.config = dict(zip(
+            "hidden layers heads kv_heads head_size rotary_dims intermediate vocab context parallel_residual "
+            "zero1 zero2 rotary_base eps".split(), struct.unpack("<12I2d", self.text("config"))))
+        self.about = dict(line.split("\t") for line in self.text("about").decode().splitlines())
+
+    def text(self, name):
+        kind, rows, cols, layout, data = self.sections[name]
+        expect((kind, rows, cols, layout), (0, 0, 0, 0), name)
+        return data
+
+    def numbers(self, name):
+        """A tensor's fp32 bits, row by row, without padding, and its shape."""
+        kind, rows, cols, layout, data = self.sections[name]
+        expect(kind, 1, name + ": type")
+        bits = memoryview(data).cast("I")
+        padded = -(-rows // 32) * 32
+        if name == "embed_in.weight":
+            expect((layout, len(bits)), (0, rows * cols), name)
+            return [rows, cols], list(bits)
+        if rows == 1:
+            expect((layout, len(bits)), (0, -(-cols // 32) * 32), name)
+            expect(list(bits[cols:]), [0] * (len(bits) - cols), name + ": padding")
+            return [cols], list(bits[:cols])
+        expect((layout, len(bits)), (1, padded * cols), name)
+        every = [bits[(r // 16 * cols + c) * 16 + r % 16] for r in range(padded) for c in range(cols)]
+        expect(every[rows * cols:], [0] * ((padded - rows) * cols), name + ": padding")
+        return [rows, cols], every[:rows * cols]
+
+
+class Tables:
+    """The tokenizer section."""
+
+    def __init__(self, data):
+        magic, self.tokens, *slots, nodes, early, late, size = struct.unpack_from("<8s7I", data)
+        expect((magic, data[36:64]), (b"BPETOK1\n", bytes(28)), "the tokenizer's header")
+        self.at, self.data = 64, data
+        self.merges, self.edges = (self.hash_table(n) for n in slots)
+        self.node_token = self.u32s(nodes)
+        self.byte_token = self.u32s(256)
+        offsets = self.u32s(self.tokens + 1)
+        self.flags = data[self.at:self.at + self.tokens]
+        text = data[self.at + self.tokens:]
+        expect((len(text), offsets[0], offsets[-1]), (size, 0, size), "the tokenizer's text")
+        self.texts = [text[a:b] for a, b in zip(offsets, offsets[1:])]
+        self.early, self.late = self.trie(early), self.trie(late)
+
+    def u32s(self, count):
+        self.at += 4 * count
+        return struct.unpack_from("<%dI" % count, self.data, self.at - 4 * count)
+
+    def hash_table(self, slots):
+        """{(a, b): (c, d)}, each found again by walking from the slot where its key starts."""
+        numbers = self.u32s(4 * slots)
+        rows = [numbers[i:i + 4] for i in range(0, len(numbers), 4)]
+        used = {row[:2]: row[2:] for row in rows if row[0] != NONE}
+        assert slots >= 16 and slots & (slots - 1) == 0 and slots >= 2 * len(used), slots
+        expect({row for row in rows if row[0] == NONE}, {(NONE, 0, 0, 0)}, "empty slots")
+        for a, b in used:
+            slot = (((a << 32 | b) * 0x9E3779B97F4A7C15) % 2**64 >> 32) % slots
+            while rows[slot][:2] != (a, b):
+                assert rows[slot][0] != NONE, "a key that a search does not find"
+                slot = (slot + 1) % slots
+        return used
+
+    def trie(self, root):
+        """{text: token} of everything below this node."""
+        children, found, ahead = {}, {}, [(root, b"")]
+        for (node, byte), (child, zero) in self.edges.items():
+            children.setdefault(node, []).append((child, bytes([byte])))
+            expect(zero, 0, "the last number of an edge")
+        for node, text in ahead:
+            if self.node_token[node] != NONE:
+                found[text] = self.node_token[node]
+            ahead.extend((child, text + byte) for child, byte in children.get(node, ()))
+        return found
+
+
+# ---- Models to spoil --------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=None)
+def base():
+    config = models.make_config(vocab_size=ROWS, num_hidden_layers=1)
+    tensors = {name: ("F32", shape, values.tobytes())
+               for name, (shape, values) in models.make_weights(config).items()}
+    return config, models.small_tokenizer(TOKENS), tensors
+
+
+class Source:
+    """The files of a tiny model as objects, for a case to change before they are written."""
+
+    def __init__(self):
+        self.config, self.tokenizer, self.tensors = copy.deepcopy(base())
+        self.change_header = lambda header: None   # of the safetensors file
+        self.change_bytes = {}                     # file name: what to do to its bytes at last
+
+    def write(self, directory):
+        header, data = {}, b""
+        for name, (dtype, shape, raw) in self.tensors.items():
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+            data += raw
+        self.change_header(header)
+        text = json.dumps(header).encode()
+        files = {"config.json": json.dumps(self.config).encode(),
+                 "tokenizer.json": json.dumps(self.tokenizer).encode(),
+                 "model.safetensors": struct.pack("<Q", len(text)) + text + data}
+        for name, content in files.items():
+            content = self.change_bytes.get(name, lambda data: data)(content)
+            if content is not None:
+                (directory / name).write_bytes(content)
+
+
+def run_inside(*args):
+    """main() with these arguments: (exit status, standard error)."""
+    err, argv = io.StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in export_weights.STOPPERS}
+    sys.argv = ["export_weights.py", *map(str, args)]
+    try:
+        with contextlib.redirect_stderr(err):
+            code = export_weights.main()
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code, err.getvalue()
+
+
+def exported(change=lambda source: None, name="model"):
+    """The bytes of the file made of the tiny model after this change."""
+    top = tmpdir()
+    (top / name).mkdir()
+    source = Source()
+    change(source)
+    source.write(top / name)
+    code, err = run_inside(top / name, "-o", top / "out.bin")
+    assert code == 0, err
+    return (top / "out.bin").read_bytes()
+
+
+def check_refused(change, words):
+    top = tmpdir()
+    (top / "model").mkdir()
+    (top / "out").mkdir()
+    source = Source()
+    written = change(source, top / "model") if change.__code__.co_argcount == 2 else change(source)
+    if written != "written":
+        source.write(top / "model")
+    code, err = run_inside(top / "model", "-o", top / "out" / "model.bin")
+    shutil.rmtree(top / "model")
+    assert code == 1, "status %s: %s" % (code, err)
+    assert err.startswith("export_weights.py: error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    for word in words:
+        assert word in err, "no %r in %r" % (word, err)
+    expect(os.listdir(top / "out"), [], "left behind")
+
+
+def check_all_refused(table):
+    """All rows are tried, so that one failure does not hide the next."""
+    failures = []
+    for what, change, words in table:
+        try:
+            check_refused(change, words)
+        except AssertionError as error:
+            failures.append("%s: %s" % (what, error))
+        except Exception as error:   # a traceback that a user would see
+            failures.append("%s: %s %s" % (what, type(error).__name__, error))
+    assert not failures, "\n".join(failures)
+
+
+# What a case changes. Each returns a function that takes a Source.
+
+def config(**fields):
+    return lambda source: source.config.update(fields)
+
+
+def tokenizer(part=None, **fields):
+    return lambda source: (source.tokenizer[part] if part else source.tokenizer).update(fields)
+
+
+def added(place, **fields):
+    return lambda source: source.tokenizer["added_tokens"][place].update(fields)
+
+
+def vocabulary(**tokens):
+    return lambda source: source.tokenizer["model"]["vocab"].update(tokens)
+
+
+def merges(*more):
+    return lambda source: source.tokenizer["model"]["merges"].extend(more)
+
+
+def without(*path):
+    """The last name of the path taken out of the config or the tokenizer."""
+    def change(source):
+        place = getattr(source, path[0])
+        for name in path[1:-1]:
+            place = place[name]
+        del place[path[-1]]
+    return change
+
+
+def tensor(name, dtype="F32", shape=None, data=None):
+    """This tensor, put in or changed; its data are zeros, or the old ones if the shape is."""
+    def change(source):
+        old = source.tensors.get(name)
+        raw = data
+        if raw is None and shape is None and dtype == "F32":
+            raw = old[2]
+        new_shape = old[1] if shape is None else shape
+        if raw is None:
+            count = 1
+            for n in new_shape:
+                count *= n
+            raw = bytes(count * {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "BOOL": 1}[dtype])
+        source.tensors[name] = dtype, new_shape, raw
+    return change
+
+
+def entry(**fields):
+    """Fields of embed_out.weight, the last tensor, in the safetensors header."""
+    def change(source):
+        source.change_header = lambda header: header["embed_out.weight"].update(fields)
+    return change
+
+
+def raw(name, change):
+    def spoil(source):
+        source.change_bytes[name] = change
+    return spoil
+
+
+# ---- What is kept -----------------------------------------------------------------------------
+
+def widened(dtype, data):
+    """The fp32 bits of a tensor's bytes."""
+    if dtype == "F16":
+        values = struct.unpack("<%de" % (len(data) // 2), data)
+        return list(memoryview(struct.pack("<%df" % len(values), *values)).cast("I"))
+    if dtype == "BF16":
+        return [bits << 16 for bits in memoryview(data).cast("H")]
+    return list(memoryview(data).cast("I"))
+
+
+def in_file_order(config, n_kv, name, shape, bits):
+    """Rows of query_key_value as the file has them: all of Q, all of K, all of V."""
+    heads = config["num_attention_heads"]
+    if ".query_key_value." not in name or n_kv != heads:
+        return bits
+    size, width = config["hidden_size"] // heads, len(bits) // shape[0]
+    out = []
+    for part in range(3):
+        for head in range(heads):
+            first = (head * 3 + part) * size
+            out += bits[first * width:(first + size) * width]
+    return out
+
+
+@test("every number of the source is in the file: F32, F16, BF16, shards, all layouts of keys, odd sizes")
+def _():
+    odd = dict(hidden_size=70, num_attention_heads=7, intermediate_size=33, vocab_size=301, rotary_pct=0.4)
+    cases = [
+        dict(), dict(n_kv=2), dict(n_kv=1), dict(dtype="F16"), dict(dtype="BF16"), dict(dtype="BF16", n_kv=2),
+        dict(shards=3), dict(shards=2, dtype="F16", n_kv=1), dict(odd), dict(odd, n_kv=1, dtype="BF16"),
+        dict(num_attention_heads=1, rotary_pct=0.0, num_hidden_layers=1, use_parallel_residual=False),
+        dict(num_attention_heads=48, rotary_pct=0.0, hidden_size=48, n_kv=16),
+    ]
+    for options in cases:
+        directory = tmpdir() / "model"
+        settings = models.write_model(directory, **dict({"vocab_size": 300}, **options))
+        code, err = run_inside(directory, "-o", directory / "out.bin")
+        assert code == 0, (options, err)
+        file = ModelFile(directory / "out.bin")
+        hidden, heads, dtype = settings["hidden_size"], settings["num_attention_heads"], options.get("dtype", "F32")
+        n_kv = options.get("n_kv", heads)
+        expect(file.config, {
+            "hidden": hidden, "layers": settings["num_hidden_layers"], "heads": heads, "kv_heads": n_kv,
+            "head_size": hidden // heads, "rotary_dims": int(hidden // heads * settings["rotary_pct"]),
+            "intermediate": settings["intermediate_size"], "vocab": settings["vocab_size"], "context": 128,
+            "parallel_residual": int(settings["use_parallel_residual"]), "zero1": 0, "zero2": 0,
+            "rotary_base": 10000.0, "eps": 1e-5}, str(options))
+        weights = models.make_weights(settings, options.get("n_kv"))
+        names = ["config", "about", "tokenizer"] + [name.replace("gpt_neox.", "") for name in weights]
+        expect(list(file.sections), names, "sections and their order")
+        for name, (shape, values) in weights.items():
+            bits = widened(dtype, models.to_bytes(values, dtype))
+            want = in_file_order(settings, n_kv, name, shape, bits)
+            expect(file.numbers(name.replace("gpt_neox.", "")), (shape, want), "%s of %s" % (name, options))
+
+
+@test("every finite F16 and BF16 becomes the same number in fp32, subnormal ones and -0 too")
+def _():
+    for dtype, infinity in (("F16", 0x7C00), ("BF16", 0x7F80)):
+        finite = [half for half in range(65536) if half & infinity != infinity]
+        finite += [0] * (-len(finite) % 48)
+        data = array("H", finite).tobytes()
+        top = tmpdir()
+        source = Source()
+        rows = len(finite) // 48
+        source.config["vocab_size"] = rows
+        tensor("gpt_neox.embed_in.weight", dtype, [rows, 48], data)(source)
+        tensor("embed_out.weight", dtype, [rows, 48], data)(source)
+        source.write(top)
+        code, err = run_inside(top, "-o", top / "out.bin")
+        assert code == 0, err
+        file = ModelFile(top / "out.bin")
+        for name in ("embed_in.weight", "embed_out.weight"):
+            expect(file.numbers(name), ([rows, 48], widened(dtype, data)), dtype)
+
+
+def saved_by_transformers_5(source):
+    old = source.config
+    for name in ("torch_dtype", "rotary_emb_base", "rope_scaling"):
+        del old[name]
+    old.update(dtype="float32", rope_parameters={
+        "partial_rotary_factor": old.pop("rotary_pct"), "rope_theta": 10000, "rope_type": "default"})
+
+
+def template(*pieces):
+    return {"type": "TemplateProcessing", "single": list(pieces), "special_tokens": {},
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]}
+
+
+SEQUENCE_A = {"Sequence": {"id": "A", "type_id": 0}}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+
+
+def pairs(source):
+    model = source.tokenizer["model"]
+    model["merges"] = [merge.split(" ") for merge in model["merges"]]
+
+
+def backwards(source):
+    source.tensors = dict(reversed(source.tensors.items()))
+
+
+def with_buffers(source):
+    for name, dtype in (("bias", "BOOL"), ("masked_bias", "F16"), ("rotary_emb.inv_freq", "F32")):
+        tensor("gpt_neox.layers.0.attention." + name, dtype, [3])(source)
+
+
+def metadata(source):
+    source.change_header = lambda header: header.update({"__metadata__": {"format": "pt"}})
+
+
+def two_spellings(source):
+    source.config.update(partial_rotary_factor=0.5, rope_theta=10000.0, rope_scaling={"type": "default"})
+
+
+@test("what changes no id and no number gives the same file")
+def _():
+    want = exported()
+    expect(exported(), want, "the same again")
+    for what, change in [
+            ("config as transformers 5 saves it", saved_by_transformers_5),
+            ("config with more than one spelling", two_spellings),
+            ("rotary share from rope_scaling", lambda source: (
+                without("config", "rotary_pct")(source),
+                config(rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.5})(source))),
+            ("no hidden_act", without("config", "hidden_act")),
+            ("no attention_bias", without("config", "attention_bias")),
+            ("no tie_word_embeddings", without("config", "tie_word_embeddings")),
+            ("no use_parallel_residual", without("config", "use_parallel_residual")),
+            ("no layer_norm_eps", without("config", "layer_norm_eps")),
+            ("another num_key_value_heads", config(num_key_value_heads=7)),
+            ("another torch_dtype", config(torch_dtype="bfloat16")),
+            ("tensors in another order", backwards),
+            ("buffers", with_buffers),
+            ("metadata", metadata),
+            ("spaces after the header", raw("model.safetensors", lambda data: struct.pack(
+                "<Q", 5 + struct.unpack("<Q", data[:8])[0]) + b" " * 5 + data[8:])),
+            ("merges as pairs", pairs),
+            ("truncation", tokenizer(truncation={"direction": "Right", "max_length": 5, "stride": 0})),
+            ("padding", tokenizer(padding={"strategy": "BatchLongest", "pad_id": 2})),
+            ("no post_processor", tokenizer(post_processor=None)),
+            ("a template that adds nothing", tokenizer(post_processor=template(SEQUENCE_A))),
+            ("a sequence that adds nothing", tokenizer(post_processor={
+                "type": "Sequence", "processors": [BYTE_LEVEL, template(SEQUENCE_A)]})),
+            ("trim_offsets", tokenizer("pre_tokenizer", trim_offsets=False)),
+            ("no use_regex", without("tokenizer", "pre_tokenizer", "use_regex")),
+            ("the decoder's flags", tokenizer("decoder", add_prefix_space=False, use_regex=False)),
+            ("dropout 0", tokenizer("model", dropout=0.0)),
+            ("empty affixes", tokenizer("model", continuing_subword_prefix="", end_of_word_suffix="")),
+            ("unk_token", tokenizer("model", unk_token="<|unk|>", fuse_unk=True)),
+            ("ignore_merges false", tokenizer("model", ignore_merges=False)),
+            ("no byte_fallback", without("tokenizer", "model", "byte_fallback"))]:
+        assert exported(change) == want, what
+
+
+# ---- Tokenizer --------------------------------------------------------------------------------
+
+def check_tables(tables, source):
+    """The tokenizer section against tokenizer.json, by other means than the exporter's."""
+    alphabet = models.byte_alphabet()
+    of_char = {char: byte for byte, char in alphabet.items()}
+    vocab = source["model"]["vocab"]
+    entries = source["added_tokens"]
+    names = {number: token for token, number in vocab.items()}
+    names.update((token["id"], token["content"]) for token in entries)
+    expect(tables.tokens, max(names) + 1, "tokens")
+    for number, text in enumerate(tables.texts):
+        name = names.get(number, "")
+        inside = all(char in of_char for char in name)
+        expect(text, bytes(of_char[char] for char in name) if inside else name.encode(), "token %d" % number)
+    flags = bytearray(tables.tokens)
+    for token in entries:
+        flags[token["id"]] = 2 + (1 if token["special"] else 0)
+    expect(tables.flags, bytes(flags), "flags")
+    expect(list(tables.byte_token), [vocab[alphabet[byte]] for byte in range(256)], "tokens of the bytes")
+    want = {}
+    for rank, merge in enumerate(source["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        want[vocab[left], vocab[right]] = rank, vocab[left + right]
+    expect(tables.merges, want, "merges")
+    for trie, normalized in ((tables.early, False), (tables.late, True)):
+        expect(trie, {token["content"].encode(): token["id"] for token in entries
+                      if token["normalized"] is normalized}, "added tokens, normalized %s" % normalized)
+
+
+@test("the tokenizer section holds tokenizer.json: texts, flags, merges and added tokens, each found by its key")
+def _():
+    def strange(source):
+        # In the byte alphabet, outside it, with a NUL; then one that the vocabulary has.
+        model, entries = source.tokenizer["model"], source.tokenizer["added_tokens"]
+        for content, special, normalized in (("\u00e9t\u00e9", False, True), ("\u201cx\u201d", False, False),
+                                             ("a\0b", True, True)):
+            entries.append(dict(entries[0], id=entries[-1]["id"] + 1, content=content, special=special,
+                                normalized=normalized))
+        word = next(token for token in model["vocab"] if len(token) == 2)
+        entries.append(dict(entries[0], id=model["vocab"][word], content=word, special=False))
+        model["merges"].append(model["merges"][0])   # the last of two counts
+        tensor("gpt_neox.embed_in.weight", shape=[320, 48])(source)
+        tensor("embed_out.weight", shape=[320, 48])(source)
+        config(vocab_size=320)(source)
+    for change in (lambda source: None, strange, pairs):
+        top = tmpdir()
+        source = Source()
+        change(source)
+        source.write(top)
+        code, err = run_inside(top, "-o", top / "out.bin")
+        assert code == 0, err
+        check_tables(Tables(ModelFile(top / "out.bin").text("tokenizer")), source.tokenizer)
+
+
+@test("the real tokenizer.json comes out whole, 1,636 added tokens and 30,876 merges")
+def _():
+    if not SHARED:
+        raise Skip("the real tokenizer.json is not there")
+    real = SHARED / "kl3m-002-170m" / "tokenizer.json"
+    directory = tmpdir()
+    models.write_model(directory, tokenizer=real, vocab_size=32768, hidden_size=8, intermediate_size=8, rotary_pct=0.0)
+    code, err = run_inside(directory, "-o", directory / "out.bin")
+    assert code == 0, err
+    tables = Tables(ModelFile(directory / "out.bin").text("tokenizer"))
+    check_tables(tables, json.loads(real.read_text(encoding="utf-8")))
+    expect((tables.tokens, len(tables.merges), len(tables.early), len(tables.late)), (32768, 30876, 7, 1629))
+
+
+# ---- What is refused --------------------------------------------------------------------------
+
+@test("a config that the program would not compute exactly is refused by the name of its field")
+def _():
+    table = [(("%s = %r" % (field, value)), config(**{field: value}), [field]) for field, values in {
+        "model_type": ["llama", None, 1], "hidden_act": ["gelu_new", "relu", None, ["gelu"]],
+        "attention_bias": [False, 1, None, "true"], "tie_word_embeddings": [True, 0, None],
+        "use_parallel_residual": ["yes", 1, None],
+        "rope_scaling": [{"type": "linear", "factor": 2.0}, {"rope_type": "dynamic"}, {"factor": 2},
+                         {"rope_type": "default", "factor": 2}, "linear", [], 1],
+        "rope_parameters": [{"rope_type": "yarn"}, {"rope_type": None}, {"rope_theta": 500}, "default",
+                            {"partial_rotary_factor": 0.25}],
+        "hidden_size": [0, -48, 48.0, True, "48", None, [48], 10 ** 12, 50, 10 ** 400],
+        "num_hidden_layers": [0, -1, 1.0, True, None, 2 ** 40], "num_attention_heads": [0, 5, False, "4", None, 1e9],
+        "intermediate_size": [0, -80, "80", None, float("nan")], "vocab_size": [0, 10 ** 11, None, 300.5],
+        "max_position_embeddings": [0, -1, True, None, float("inf")],
+        "rotary_pct": [1.5, -0.5, float("nan"), "0.5", True, 0.25, [0.5], 10 ** 400],
+        "partial_rotary_factor": [0.25, False, float("nan")],
+        "rotary_emb_base": [0, -10000, float("inf"), float("nan"), "10000", True, 500], "rope_theta": [500, None and 0, {}],
+        "layer_norm_eps": [0, -1e-5, float("nan"), float("inf"), "1e-5", True, 2, 0.0],
+    }.items() for value in values if (field, value) != ("rope_theta", None)]
+    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+                  "max_position_embeddings"):
+        table.append(("no " + field, without("config", field), [field]))
+    table += [
+        ("an odd number of rotary dimensions", config(rotary_pct=0.25), ["rotary_pct", "3", "even"]),
+        ("two shares", config(rotary_pct=0.5, partial_rotary_factor=0.0), ["rotary_pct", "partial_rotary_factor"]),
+        ("two bases", config(rotary_emb_base=500), ["rotary_emb_base", "rope_theta", "500", "10000"]),
+        ("heads", config(num_attention_heads=5), ["hidden_size", "48", "num_attention_heads 5"]),
+        ("the share's value", config(rotary_pct=1.5), ["rotary_pct", "1.5", "from 0 to 1"]),
+        ("the value's place", config(rope_parameters={"rope_type": "yarn"}), ["rope_parameters", "rope_type", "yarn"]),
+    ]
+    check_all_refused(table)
+
+
+@test("tensors that are missing, unknown, of another shape or dtype, or not finite are refused by name")
+def _():
+    first = "gpt_neox.layers.0.attention.dense.weight"
+
+    def gone(source):
+        del source.tensors[first]
+
+    def grouped(kv_heads):
+        return lambda source: (tensor(QKV + "weight", shape=[48 + 24 * kv_heads, 48])(source),
+                               tensor(QKV + "bias", shape=[48 + 24 * kv_heads])(source))
+
+    def spoiled(name, dtype, *units):
+        """The tensor in this dtype, all zeros but for its last number."""
+        def change(source):
+            shape = source.tensors[name][1]
+            size = {"F32": 4, "F16": 2, "BF16": 2}[dtype]
+            count = len(source.tensors[name][2]) // 4
+            source.tensors[name] = dtype, shape, bytes((count - 1) * size) + bytes(units)
+        return change
+    bias = "gpt_neox.final_layer_norm.bias"
+    check_all_refused([
+        ("a tensor is missing", gone, [first, "found nothing", "[48, 48]"]),
+        ("the first query_key_value is missing", lambda source: source.tensors.pop(QKV + "weight"), [QKV + "weight"]),
+        ("a layer is missing", config(num_hidden_layers=2), ["gpt_neox.layers.1.input_layernorm.weight"]),
+        ("another shape", tensor(first, shape=[48, 47]), [first, "[48, 47]", "[48, 48]"]),
+        ("transposed", tensor("gpt_neox.layers.0.mlp.dense_h_to_4h.weight", shape=[48, 80]),
+         ["dense_h_to_4h.weight", "[48, 80]", "[80, 48]"]),
+        ("a vector as a matrix", tensor(bias, shape=[1, 48]), [bias, "[1, 48]", "[48]"]),
+        ("another rank", tensor(first, shape=[48, 48, 1]), [first, "[48, 48, 1]"]),
+        ("another vocabulary", config(vocab_size=305), ["embed_in.weight", "[304, 48]", "[305, 48]"]),
+        ("embed_out of another size", tensor("embed_out.weight", shape=[301, 48]), ["embed_out.weight", "[301, 48]"]),
+        ("three key heads of four", grouped(3), [QKV + "weight", "[120, 48]", "144", "divides 4"]),
+        ("no key heads", grouped(0), [QKV + "weight", "[48, 48]"]),
+        ("more key heads than heads", grouped(5), [QKV + "weight", "[168, 48]"]),
+        ("half a key head", tensor(QKV + "weight", shape=[60, 48]), [QKV + "weight", "[60, 48]"]),
+        ("a query_key_value without rows", tensor(QKV + "weight", shape=[0, 48]), [QKV + "weight", "[0, 48]"]),
+        ("a scalar query_key_value", tensor(QKV + "weight", shape=[]), [QKV + "weight", "[]"]),
+        ("a bias of another layout", tensor(QKV + "bias", shape=[96]), [QKV + "bias", "[96]", "[144]"]),
+        ("F64", tensor(first, "F64"), [first, "F64", "F32, F16 or BF16"]),
+        ("I32", tensor(first, "I32"), [first, "I32"]),
+        ("an unknown tensor", tensor("gpt_neox.layers.0.attention.q_norm.weight", shape=[12]), ["q_norm.weight"]),
+        ("an unknown layer", tensor("gpt_neox.layers.1.input_layernorm.weight", shape=[48]), ["layers.1.input"]),
+        ("a bias of embed_out", tensor("embed_out.bias", shape=[ROWS]), ["embed_out.bias"]),
+        ("a name with a line break", tensor("a\nb\u201c", shape=[1]), ["a\\nb"]),
+        ("F32 infinity", spoiled(bias, "F32", 0, 0, 0x80, 0x7F), [bias, "finite"]),
+        ("F32 -infinity", spoiled(bias, "F32", 0, 0, 0x80, 0xFF), [bias, "finite"]),
+        ("F32 NaN", spoiled(first, "F32", 1, 0, 0x80, 0x7F), [first, "finite"]),
+        ("F16 infinity", spoiled(bias, "F16", 0, 0x7C), [bias, "finite"]),
+        ("F16 NaN", spoiled(first, "F16", 0, 0xFE), [first, "finite"]),
+        ("BF16 infinity", spoiled("embed_out.weight", "BF16", 0x80, 0x7F), ["embed_out.weight", "finite"]),
+        ("BF16 NaN", spoiled("gpt_neox.embed_in.weight", "BF16", 0xC0, 0xFF), ["embed_in.weight", "finite"]),
+    ])
+    large = struct.pack("<f", 3.4e38)   # as large as they come, and finite
+    exported(spoiled(bias, "F32", *large))
+
+
+@test("a damaged or hostile safetensors file is refused")
+def _():
+    def bytes_of(change):
+        return raw("model.safetensors", change)
+
+    def header(change):
+        """The header's text changed, and its length with it."""
+        def spoil(data):
+            size = struct.unpack("<Q", data[:8])[0]
+            text = change(data[8:8 + size])
+            return struct.pack("<Q", len(text)) + text + data[8 + size:]
+        return bytes_of(spoil)
+
+    def offsets(a, b):
+        def change(source):
+            def both(entries):
+                last = entries["embed_out.weight"]["data_offsets"]
+                entries["embed_out.weight"]["data_offsets"] = [last[0] + a, last[1] + b]
+            source.change_header = both
+        return change
+
+    def length(size):
+        return bytes_of(lambda data: struct.pack("<Q", size) + data[8:])
+    name = "embed_out.weight"
+    check_all_refused([
+        ("missing", bytes_of(lambda data: None), ["model.safetensors"]),
+        ("empty", bytes_of(lambda data: b""), ["header"]),
+        ("seven bytes", bytes_of(lambda data: data[:7]), ["header"]),
+        ("eight bytes", bytes_of(lambda data: data[:8]), ["header"]),
+        ("half the header", bytes_of(lambda data: data[:500]), ["header"]),
+        ("one byte short", bytes_of(lambda data: data[:-1]), ["model.safetensors", "download"]),
+        ("one byte more", bytes_of(lambda data: data + b"\0"), ["size", "download"]),
+        ("no data", bytes_of(lambda data: data[:8 + struct.unpack("<Q", data[:8])[0]]), ["download"]),
+        ("a pointer file", bytes_of(lambda data: b"version https://git-lfs.github.com/spec/v1\n"), ["header"]),
+        ("length 0", length(0), ["header"]),
+        ("length 2^63", length(2 ** 63), ["header", str(2 ** 63)]),
+        ("length 2^64 - 1", length(2 ** 64 - 1), ["header"]),
+        ("length in the middle", length(100), ["header", "JSON"]),
+        ("no JSON", header(lambda text: b"x" * len(text)), ["JSON"]),
+        ("not UTF-8", header(lambda text: b'{"\xff": 1}'), ["JSON"]),
+        ("a list", header(lambda text: b"[]"), ["object"]),
+        ("a number", header(lambda text: b"1" * 300), ["object"]),
+        ("a huge number", header(lambda text: b'{"a": ' + b"1" * 9999 + b"}"), ["model.safetensors"]),
+        ("deep", header(lambda text: b"[" * 200000), ["JSON"]),
+        ("nothing in it", header(lambda text: b"{}"), ["size"]),
+        ("a name twice", header(lambda text: text.replace(b'"gpt_neox.embed_in.weight"', b'"embed_out.weight"')),
+         ["embed_out.weight", "twice"]),
+        ("a field twice", header(lambda text: text.replace(b'"shape"', b'"dtype"', 1)), ["dtype", "twice"]),
+        ("an entry that is none", lambda s: setattr(s, "change_header", lambda h: h.update({name: 3})), [name]),
+        ("a null entry", lambda s: setattr(s, "change_header", lambda h: h.update({name: None})), [name]),
+        ("no dtype", entry(dtype=None), [name, "dtype"]),
+        ("a dtype that is a number", entry(dtype=32), [name]),
+        ("an unknown dtype", entry(dtype="F32X"), [name, "F32X"]),
+        ("a dtype of another size", entry(dtype="F16"), [name, str(ROWS * 48 * 4), str(ROWS * 48 * 2)]),
+        ("no shape", entry(shape=None), [name]),
+        ("a shape that is a number", entry(shape=14400), [name]),
+        ("a negative size", entry(shape=[-ROWS, -48]), [name]),
+        ("a size with a fraction", entry(shape=[float(ROWS), 48]), [name]),
+        ("a size that is true", entry(shape=[True, 48]), [name]),
+        ("a huge size", entry(shape=[2 ** 62, 48]), [name, "[304, 48]"]),
+        ("sizes that overflow", entry(shape=[2 ** 32, 2 ** 32]), [name]),
+        ("many sizes", entry(shape=[2 ** 62] * 10000), [name]),
+        ("no offsets", entry(data_offsets=None), [name]),
+        ("one offset", entry(data_offsets=[0]), [name]),
+        ("three offsets", entry(data_offsets=[0, 1, 2]), [name]),
+        ("offsets that are text", entry(data_offsets=["0", "1"]), [name]),
+        ("negative offsets", entry(data_offsets=[-8, -4]), [name]),
+        ("huge offsets", entry(data_offsets=[2 ** 64, 2 ** 64 + 4]), [name]),
+        ("offsets past the end", offsets(4, 4), [name]),
+        ("offsets backwards", offsets(4, -10 ** 5), [name]),
+        ("an overlap", offsets(-4, -4), [name, "offset"]),
+        ("a gap", offsets(4, 0), [name, "offset"]),
+        ("the same place twice", entry(data_offsets=[0, ROWS * 48 * 4]), ["offset"]),
+        ("everything", entry(data_offsets=[0, 4 * 10 ** 9]), [name]),
+        ("a directory", lambda s, d: (s.write(d), (d / "model.safetensors").unlink(),
+                                      (d / "model.safetensors").mkdir(), "written")[-1], ["model.safetensors"]),
+    ])
+
+
+@test("shards: what the index and the files do not agree on is refused, and so is a way out of the directory")
+def _():
+    def shards(change=lambda index: None, files=lambda directory: None):
+        def build(source, directory):
+            tensors = {name: (shape, array("f", data)) for name, (_, shape, data) in source.tensors.items()}
+            models.save_model(directory, source.config, tensors, shards=2, tokenizer=source.tokenizer)
+            path = directory / "model.safetensors.index.json"
+            index = json.loads(path.read_text())
+            change(index)
+            path.write_text(json.dumps(index))
+            files(directory)
+            return "written"
+        return build
+
+    def mapped(file, name="embed_out.weight"):
+        return shards(lambda index: index["weight_map"].update({name: file}))
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    check_all_refused([
+        ("no weight_map", shards(lambda index: index.pop("weight_map")), ["weight_map"]),
+        ("weight_map is a list", shards(lambda index: index.update(weight_map=[second])), ["weight_map"]),
+        ("weight_map is empty", shards(lambda index: index.update(weight_map={})), [QKV + "weight"]),
+        ("the parent directory", mapped("../model.safetensors"), ["../model.safetensors", "plain file name"]),
+        ("an absolute path", mapped("/etc/passwd"), ["/etc/passwd", "plain file name"]),
+        ("a directory below", mapped("a/b"), ["a/b", "plain file name"]),
+        ("two dots", mapped(".."), ["plain file name"]),
+        ("a number", mapped(3), ["plain file name"]),
+        ("an empty name", mapped(""), ["plain file name"]),
+        ("a NUL", mapped("a\0b"), ["plain file name"]),
+        ("no such shard", mapped("model-00003-of-00002.safetensors"), ["model-00003-of-00002.safetensors"]),
+        ("in another shard", mapped(first), ["embed_out.weight", first, second]),
+        ("in no shard", mapped(first, "gpt_neox.more.weight"), ["gpt_neox.more.weight", first]),
+        ("not in the index", shards(lambda index: index["weight_map"].pop("embed_out.weight")), ["embed_out.weight"]),
+        ("a shard is missing", shards(files=lambda d: (d / second).unlink()), [second]),
+        ("a shard is short", shards(files=lambda d: (d / second).write_bytes((d / second).read_bytes()[:-4])), [second]),
+        ("one shard twice", shards(files=lambda d: shutil.copyfile(d / first, d / second)), ["model.safetensors.index"]),
+        ("the index is broken", shards(files=lambda d: (d / "model.safetensors.index.json").write_text("{")), ["JSON"]),
+    ])
+
+
+@test("a tokenizer that would give other ids is refused by name, with the remedy")
+def _():
+    remedy = "base model"
+    entries = models.small_tokenizer(TOKENS)["added_tokens"]
+    last = entries[-1]
+
+    def more(**fields):
+        return lambda source: source.tokenizer["added_tokens"].append(dict(last, **fields))
+
+    def swapped(source):
+        tokens = source.tokenizer["added_tokens"]
+        tokens[-1], tokens[-2] = tokens[-2], tokens[-1]
+
+    def no_byte(source):
+        vocab = source.tokenizer["model"]["vocab"]
+        vocab["\u0120\u0120\u0120"] = vocab.pop("\u0100")   # byte 0
+    nfc = {"type": "NFC"}
+    split = {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False}]}
+    start = {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
+    check_all_refused([(what, change, [*words, remedy]) for what, change, words in [
+        ("a normalizer", tokenizer(normalizer=nfc), ["normalizer", "NFC"]),
+        ("normalizers", tokenizer(normalizer={"type": "Sequence", "normalizers": [nfc]}), ["normalizer"]),
+        ("no pre_tokenizer", tokenizer(pre_tokenizer=None), ["pre_tokenizer"]),
+        ("another pre_tokenizer", tokenizer(pre_tokenizer={"type": "Whitespace"}), ["pre_tokenizer", "Whitespace"]),
+        ("pre_tokenizers", tokenizer(pre_tokenizer=split), ["pre_tokenizer", "Sequence"]),
+        ("a pre_tokenizer that is a list", tokenizer(pre_tokenizer=[1]), ["pre_tokenizer"]),
+        ("add_prefix_space", tokenizer("pre_tokenizer", add_prefix_space=True), ["add_prefix_space", "true"]),
+        ("no add_prefix_space", without("tokenizer", "pre_tokenizer", "add_prefix_space"), ["add_prefix_space"]),
+        ("use_regex", tokenizer("pre_tokenizer", use_regex=False), ["use_regex", "false"]),
+        ("no decoder", tokenizer(decoder=None), ["decoder"]),
+        ("another decoder", tokenizer(decoder={"type": "WordPiece"}), ["decoder", "WordPiece"]),
+        ("another model", tokenizer("model", type="WordPiece"), ["model", "WordPiece", "BPE"]),
+        ("no model", tokenizer(model=None), ["model"]),
+        ("dropout", tokenizer("model", dropout=0.1), ["dropout", "0.1"]),
+        ("byte_fallback", tokenizer("model", byte_fallback=True), ["byte_fallback"]),
+        ("ignore_merges", tokenizer("model", ignore_merges=True), ["ignore_merges"]),
+        ("a prefix", tokenizer("model", continuing_subword_prefix="##"), ["continuing_subword_prefix", "##"]),
+        ("a suffix", tokenizer("model", end_of_word_suffix="</w>"), ["end_of_word_suffix", "</w>"]),
+        ("a template that adds", tokenizer(post_processor=template(start, SEQUENCE_A)), ["post_processor", "adds no"]),
+        ("a template without the text", tokenizer(post_processor=template()), ["post_processor"]),
+        ("a template with the text twice", tokenizer(post_processor=template(SEQUENCE_A, SEQUENCE_A)),
+         ["post_processor"]),
+        ("RobertaProcessing", tokenizer(post_processor={"type": "RobertaProcessing", "sep": ["</s>", 1]}),
+         ["post_processor", "RobertaProcessing"]),
+        ("one of two that adds", tokenizer(post_processor={
+            "type": "Sequence", "processors": [BYTE_LEVEL, template(SEQUENCE_A, start)]}), ["post_processor"]),
+        ("a post_processor that is none", tokenizer(post_processor="ByteLevel"), ["post_processor"]),
+        ("processors that are none", tokenizer(post_processor={"type": "Sequence", "processors": 3}), ["post_processor"]),
+        ("lstrip", added(8, lstrip=True), ["lstrip", json.dumps(entries[8]["content"])]),
+        ("rstrip", added(8, rstrip=True), ["rstrip"]),
+        ("single_word", added(8, single_word=True), ["single_word"]),
+        ("no lstrip", without("tokenizer", "added_tokens", 8, "lstrip"), ["lstrip"]),
+        ("normalized is text", added(8, normalized="yes"), ["normalized"]),
+        ("no special", without("tokenizer", "added_tokens", 8, "special"), ["special"]),
+        ("an added token without text", added(8, content=""), ["content"]),
+        ("an added token of a number", added(8, content=5), ["content"]),
+        ("an added token that is none", lambda s: s.tokenizer["added_tokens"].append(7), ["7"]),
+        ("added_tokens that are none", tokenizer(added_tokens={}), ["added_tokens"]),
+        ("an added id that is taken", added(-1, id=100), ["id", "100"]),
+        ("an added id that leaves a gap", added(-1, id=last["id"] + 1), ["id", str(last["id"])]),
+        ("a vocabulary id changed", added(0, id=1), ["<|start|>", "id"]),
+        ("an added id of text", added(-1, id="5"), ["id"]),
+        ("an added id of true", added(-1, id=True), ["id"]),
+        ("an added token twice", more(), ["id", "once"]),
+        ("added tokens in another order", swapped, ["id"]),
+        ("two tokens of one id", vocabulary(zzz=7), ["zzz", "id", "7"]),
+        ("a negative id", vocabulary(zzz=-1), ["zzz", "-1"]),
+        ("an id of text", vocabulary(zzz="5"), ["zzz"]),
+        ("an id of true", vocabulary(zzz=True), ["zzz"]),
+        ("an id with a fraction", vocabulary(zzz=299.0), ["zzz"]),
+        ("an id beyond the embedding", vocabulary(zzz=ROWS), ["zzz", "304", "embed_in"]),
+        ("more tokens than rows", lambda source: [more(content="~" * n, id=TOKENS - 2 + n)(source) for n in range(2, 7)],
+         ['"~~~~~~"', "304 rows", "embed_in"]),
+        ("a huge id", vocabulary(zzz=10 ** 30), ["zzz"]),
+        ("a gap that the library would fill", lambda source: (
+            source.tokenizer["added_tokens"].clear(), source.tokenizer["model"]["vocab"].update(zzz=299),
+            source.tokenizer["added_tokens"].extend([dict(last, id=298)])), ["id", "298"]),
+        ("no vocabulary", tokenizer("model", vocab=None), ["vocab"]),
+        ("a vocabulary that is a list", tokenizer("model", vocab=["a"]), ["vocab"]),
+        ("a byte without a token", no_byte, ["\\u0100", "byte 0"]),
+        ("merges that are none", tokenizer("model", merges=None), ["merges"]),
+        ("a merge of three", merges("a b c"), ["merge", "a b c"]),
+        ("a merge of one", merges("ab"), ["merge", "ab"]),
+        ("a merge of three as a list", merges(["a", "b", "c"]), ["merge"]),
+        ("a merge of numbers", merges([1, 2]), ["merge"]),
+        ("a merge that is none", merges(5), ["merge", "5"]),
+        ("a merge of an unknown part", merges("a \u2603"), ["merge", "\\u2603", "vocabulary"]),
+        ("a merge with an unknown result", merges(["q", "x"]), ["merge", "qx", "vocabulary"]),
+    ]] + [
+        ("half a surrogate pair", added(-1, content="a\ud800"), ["\\ud800", "download"]),
+        ("half a pair in the vocabulary", lambda source: (
+            source.tokenizer["added_tokens"].clear(), vocabulary(**{"\udfff": TOKENS})(source)), ["\\udfff", "download"]),
+    ])
+
+
+@test("files that are missing, not JSON, or not readable are refused in one line")
+def _():
+    table = []
+    for name in ("config.json", "tokenizer.json"):
+        table += [(what + " " + name, raw(name, change), [name]) for what, change in [
+            ("no", lambda data: None), ("an empty", lambda data: b""), ("half of", lambda data: data[:len(data) // 2]),
+            ("a list in", lambda data: b"[1]"), ("null in", lambda data: b"null"), ("bad UTF-8 in", lambda data: b"\xff" + data),
+            ("UTF-16 in", lambda data: data.decode().encode("utf-16")), ("deep", lambda data: b'{"a":' * 100000),
+            ("deep and whole", lambda data: data[:-1] + b', "z": ' + b"[" * 900 + b"]" * 900 + b', "z": 1}'),
+            ("a key twice in", lambda data: b'{"version": 1, ' + data[1:-1] + b', "version": 1}'),
+            ("more after", lambda data: data + b"x")]]
+    check_all_refused(table)
+    for source, words in (("alea-institute/kl3m-002-170m", ["directory", "download"]), ("", ["directory"]),
+                          (ROOT / "export_weights.py", ["directory"])):
+        code, err = run_inside(source, "-o", tmpdir() / "x.bin")
+        expect((code, err.count("\n")), (1, 1), err)
+        for word in words:
+            assert word in err, err
+
+
+# ---- The file on the disk ---------------------------------------------------------------------
+
+def small_source(top=None, name="model", change=lambda source: None):
+    directory = (top or tmpdir()) / name
+    directory.mkdir(parents=True)
+    source = Source()
+    change(source)
+    source.write(directory)
+    return directory
+
+
+def run_changed(code, *args, **options):
+    """The exporter in a process of its own after these lines of Python: (exit status, standard error)."""
+    lines = "import os, resource, shutil, signal, sys\nsys.dont_write_bytecode = True\nimport export_weights\n"
+    done = subprocess.run([sys.executable, "-c", lines + code + "\nsys.exit(export_weights.main())", *map(str, args)],
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, timeout=60, **options)
+    return done.returncode, done.stderr.decode()
+
+
+@test("a failed, stopped or killed export leaves nothing behind and an older file untouched")
+def _():
+    source = small_source()
+    for what, code, status, words in [
+            ("Ctrl-C", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGINT)", 130, ["stopped"]),
+            ("SIGTERM", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGTERM)", 143, ["stopped"]),
+            ("SIGHUP", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGHUP)", 129, ["stopped"]),
+            ("a file too large", "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))", 1,
+             ["cannot write", "File too large", "model.bin"]),
+            ("a full disk", "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)", 1,
+             ["cannot write", "found 1,", "bytes of room"]),
+            ("a fault at the end", "def fault(fd): raise OSError(5, 'Input/output error')\nos.fsync = fault", 1,
+             ["cannot write", "Input/output error"]),
+            ("a source that shrinks", "size = export_weights.check_tensors\n"
+             "def shrink(config, tensors):\n    size(config, tensors)\n"
+             "    os.truncate(tensors['embed_out.weight'].path, 100000)\n"
+             "export_weights.check_tensors = shrink", 1, ["model.safetensors"])]:
+        for older in (None, b"an older model"):
+            top = tmpdir()
+            if older:
+                (top / "model.bin").write_bytes(older)
+            kept = (source / "model.safetensors").read_bytes()
+            code_now, err = run_changed(code, source, "-o", top / "model.bin")
+            (source / "model.safetensors").write_bytes(kept)
+            expect(code_now, status, "%s: %s" % (what, err))
+            assert err.count("\n") == 1 and all(word in err for word in words), err
+            expect({path.name: path.read_bytes() for path in top.iterdir()},
+                   {"model.bin": older} if older else {}, what)
+
+
+@test("OUT: the default name, a link followed, an older file replaced, what cannot be written refused")
+def _():
+    top = tmpdir()
+    source = small_source(top, "some-model")
+    (top / "link").symlink_to(source)
+    (top / "work").mkdir()
+    done = run_export(top / "link", cwd=top / "work")
+    expect((done.code, os.listdir(top / "work")), (0, ["some-model.bin"]), "the directory's real name: " + done.err)
+    made = (top / "work" / "some-model.bin").read_bytes()
+    umask = os.umask(0)
+    os.umask(umask)
+    expect(stat.S_IMODE((top / "work" / "some-model.bin").stat().st_mode), 0o666 & ~umask, "permissions")
+
+    (top / "old").write_bytes(b"old")
+    (top / "old link").symlink_to(top / "old")
+    expect(run_inside(source, "--output=%s" % (top / "old link"))[0], 0)
+    expect((top / "old").read_bytes(), made, "written through the link")
+    assert (top / "old link").is_symlink()
+
+    for out, words in ((top / "work", ["plain file"]), (top / "none" / "x.bin", ["none", "expected a directory"]),
+                       (top / "old" / "x.bin", ["expected a directory"]), ("/dev/null", ["plain file"]), ("", ["plain file"]),
+                       (source / "model.safetensors", ["source"]), (source / "config.json", ["source"])):
+        code, err = run_inside(source, "-o", out)
+        expect((code, err.count("\n")), (1, 1), "%s: %s" % (out, err))
+        assert all(word in err for word in [*words, "cannot write"]), err
+    expect(sorted(os.listdir(top)), ["link", "old", "old link", "some-model", "work"])
+    expect(sorted(os.listdir(source)), ["config.json", "model.safetensors", "tokenizer.json"])
+
+
+@test("one closing line on standard error, a bar only on a terminal, nothing on standard output")
+def _():
+    source = small_source()
+    out = tmpdir() / "model.bin"
+    done = run_export(source, "-o", out)
+    expect((done.code, done.out, done.err.count("\n")), (0, b"", 1), done.err)
+    assert str(out) in done.err and "%.1f MB" % (out.stat().st_size / 1e6) in done.err, done.err
+    expect(run_export(source, "-o", out, env={"LC_ALL": "C", "PYTHONUTF8": "0"}).code, 0)
+
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen([sys.executable, ROOT / "export_weights.py", source, "-o", out], stderr=theirs)
+    expect(child.wait(60), 0)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    os.close(theirs)
+    assert "\r[" in shown and "MB/s" in shown and "config" in shown, shown
+
+
+@test("a wrong command line is status 2, --help is status 0 and names every option")
+def _():
+    for args in ((), ("a", "b"), ("a", "-o"), ("a", "--nonsense"), ("a", "--out", "b"), ("a", "--dtype=bf16")):
+        done = run_export(*args, cwd=tmpdir())
+        expect(done.code, 2, str(args))
+        assert "export_weights.py: error: " in done.err and "Traceback" not in done.err, done.err
+    for word in ("-h", "--help"):
+        done = run_export(word)
+        expect((done.code, done.err), (0, ""))
+        for name in ("SOURCE", "-o", "--output", "OUT", "config.json", "tokenizer.json", "model.safetensors"):
+            assert name in done.text, done.text
+
+
+# ---- About ------------------------------------------------------------------------------------
+
+@test("the file says where it comes from: name, source, revision, licence, attribution, citation")
+def _():
+    def about(change=lambda source: None, name="model", readme=None):
+        top = tmpdir()
+        directory = small_source(top, name, change)
+        if readme is not None:
+            (directory / "README.md").write_bytes(readme)
+        code, err = run_inside(directory, "-o", top / "out.bin")
+        assert code == 0, err
+        return ModelFile(top / "out.bin").about
+    unknown = {key: "unknown" for key in ("revision", "license", "attribution", "citation")}
+    exporter = "export_weights.py, format 1"
+    expect(about(), dict(unknown, name="tiny-random", source="model (tiny-random)", exporter=exporter))
+    expect(about(without("config", "_name_or_path")), dict(unknown, name="model", source="model", exporter=exporter))
+    expect(about(config(_name_or_path=5)), dict(unknown, name="model", source="model", exporter=exporter))
+    expect(about(config(_name_or_path="a\tb\n\x9bc\ud800")),
+           dict(unknown, name="a b  c?", source="model (a b  c?)", exporter=exporter))
+
+    for found in (about(config(_name_or_path="kl3m-002-170m")), about(config(_name_or_path="alea-institute/kl3m-002-170m/")),
+                  about(without("config", "_name_or_path"), "kl3m-002-170m")):
+        expect((found["name"], found["license"]), ("kl3m-002-170m", "CC-BY 4.0"))
+        assert "ALEA Institute" in found["attribution"] and "Bommarito" in found["citation"], found
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    found = about(without("config", "_name_or_path"), "models--some--model/snapshots/" + commit)
+    expect((found["name"], found["source"], found["revision"]), ("model", "some/model", commit))
+
+    for readme, license in ((b"---\nlanguage: en\nlicense: mit\ntags:\n- x\n---\n# Card\n", "mit"),
+                            (b"---\r\nlicense: 'apache-2.0'\r\n---\r\n", "apache-2.0"),
+                            (b"# Card\nlicense: mit\n", "unknown"), (b"---\nlicense:\n---\nlicense: mit\n", "unknown"),
+                            (b"", "unknown"), (b"---\nlicense: \xff\n", "unknown")):
+        expect(about(readme=readme)["license"], license, str(readme))

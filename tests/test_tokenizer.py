@@ -1,0 +1,291 @@
+"""--tokenize and --detokenize: against ids the `tokenizers` library found, against a plain and slow tokenizer
+(tokenizer_tools.py), and by properties that must hold for any text.
+"""
+import json
+import random
+import re
+import unicodedata
+
+import models
+import tokenizer_vectors
+from harness import SHARED, Skip, expect, export, run_kl3m, small_model, test, tmpdir
+from tokenizer_tools import (LETTER, NUMBER, OTHER, SPACE, char_class, detokenize, escape, provoking_text, random_bytes,
+                             real_setting, small_setting, tokenize)
+
+
+def settings():
+    """The small tokenizer, and the real one where it is."""
+    return [small_setting()] + ([real_setting()] if SHARED else [])
+
+
+def expect_ids(texts, got, want):
+    for text, ids, right in zip(texts, got, want):
+        expect(ids, right, "ids of %r" % text[:200])
+
+
+# ---- Ids --------------------------------------------------------------------------------------
+
+@test("the ids of 3,005 texts are those of the tokenizers library with the real tokenizer")
+def _():
+    if SHARED is None:
+        raise Skip("the texts and the real tokenizer.json are not here")
+    with open(SHARED / "vectors" / "tokens.jsonl", encoding="utf-8") as file:
+        vectors = [json.loads(line) for line in file]
+    expect(len(vectors), 3005)
+    texts = [vector["text"].encode() for vector in vectors]
+    expect_ids(texts, tokenize(real_setting().model, texts), [vector["ids"] for vector in vectors])
+
+
+@test("the ids and the texts of the small tokenizer are those of the tokenizers library")
+def _():
+    with open(tokenizer_vectors.REFERENCES, encoding="ascii") as file:
+        made, *records = [json.loads(line) for line in file]
+    expect(made["tokenizer"], tokenizer_vectors.tokenizer_hash(models.small_tokenizer()),
+           "models.py has another small tokenizer than the references: run tests/tokenizer_vectors.py")
+    encoded = [record for record in records if "text" in record]
+    texts = [record["text"].encode() for record in encoded]
+    expect_ids(texts, tokenize(small_model(), texts), [record["ids"] for record in encoded])
+    expect_ids(texts, tokenize(small_model(), texts, "--no-special"),
+               [record.get("plain", record["ids"]) for record in encoded])
+
+    decoded = [record for record in records if "decoded" in record]
+    out = detokenize(small_model(), [record["ids"] for record in decoded])
+    for record, line in zip(decoded, out):
+        expect(line.decode("utf-8", "replace").encode(), escape(record["decoded"].encode()),
+               "text of %r" % record["ids"])
+
+
+@test("the ids of random texts are those of a plain tokenizer, bytes that are not UTF-8 included")
+def _():
+    for setting in settings():
+        rng = random.Random(4)
+        added = list(setting.naive.added)
+        texts = [provoking_text(rng, added).encode() for _ in range(800)]
+        texts += [random_bytes(rng, rng.randrange(1, 20)) for _ in range(400)]
+        texts += [b"".join((provoking_text(rng, added).encode()[:9], random_bytes(rng, 3))) for _ in range(400)]
+        for plain_specials in (False, True):
+            options = ["--no-special"] if plain_specials else []
+            expect_ids(texts, tokenize(setting.model, texts, *options),
+                       [setting.naive.encode(text, plain_specials) for text in texts])
+
+
+@test("every added token is found alone, between letters, doubled and with its end cut off")
+def _():
+    for setting in settings():
+        texts = [text.encode() for token in setting.naive.added
+                 for text in (token, "a" + token + "b", token + token, token[:-1], token + "\n" + token[:-1] + "z")]
+        got = tokenize(setting.model, texts)
+        expect(got[::5], [[i] for i in setting.naive.added.values()], "ids of the added tokens")
+        expect_ids(texts, got, [setting.naive.encode(text) for text in texts])
+
+
+@test("letters, numbers and white space are told apart as Unicode does, for every character Python knows")
+def _():
+    # A tokenizer whose only merges join "!", "a", "1" or a tab with the first byte of a character: the merge happens
+    # exactly where the pattern leaves the two in one word, that is, where the character has that class.
+    alphabet, probes = models.byte_alphabet(), {OTHER: "!", LETTER: "a", NUMBER: "1", SPACE: "\t"}
+    tokenizer = models.small_tokenizer(263)
+    vocab = tokenizer["model"]["vocab"]
+    merges = [(alphabet[ord(probe)], alphabet[lead]) for probe in probes.values() for lead in range(0xC2, 0xF5)]
+    vocab.update({left + right: len(vocab) + i for i, (left, right) in enumerate(merges)})
+    tokenizer["model"]["merges"] = ["%s %s" % pair for pair in merges]
+    directory = tmpdir()
+    models.write_model(directory, tokenizer=tokenizer, vocab_size=len(vocab))
+
+    byte_id = [str(vocab[alphabet[byte]]) for byte in range(256)]
+    texts, want = [], []
+    for code in range(0x80, 0x110000):
+        char = chr(code)
+        if unicodedata.category(char) in ("Cn", "Cs", "Co"):
+            continue  # not assigned in this Python's Unicode; surrogates; private use
+        lead, *rest = char.encode()
+        ids = []
+        for kind, probe in probes.items():
+            if kind == char_class(char):
+                ids.append(str(vocab[alphabet[ord(probe)] + alphabet[lead]]))
+            else:
+                ids += [byte_id[ord(probe)], byte_id[lead]]
+            ids += [byte_id[byte] for byte in rest]
+        texts.append("".join(probe + char for probe in probes.values()))
+        want.append(" ".join(ids))
+    done = run_kl3m("-m", export(directory), "--tokenize", "-0", input="".join(text + "\0" for text in texts).encode())
+    expect(done.code, 0, done.err)
+    for text, got, right in zip(texts, done.text.splitlines(), want):
+        expect(got, right, "ids of %r" % text)
+    expect(len(done.text.splitlines()), len(want))
+
+
+@test("--no-special reads the special tokens as plain text and still finds the other added tokens")
+def _():
+    for setting in settings():
+        naive = setting.naive
+        text = b"a<|end|>  <|start|>(a)"
+        got, = tokenize(setting.model, [text])
+        expect([i for i in got if i in naive.special.values()], [naive.special["<|end|>"], naive.special["<|start|>"]])
+        plain, = tokenize(setting.model, [text], "--no-special")
+        expect([i for i in plain if i in naive.special.values()], [])
+        expect([i for i in plain if i in naive.added.values()], [naive.added["  "], naive.added["(a)"]])
+        expect(detokenize(setting.model, [plain, got]), [text, b"a  (a)"])
+
+
+# ---- There and back ---------------------------------------------------------------------------
+
+@test("any bytes come back from --tokenize and --detokenize as they were")
+def _():
+    rng = random.Random(6)
+    for setting in settings():
+        texts = [random_bytes(rng, rng.randrange(200)) for _ in range(1000)]
+        texts += [provoking_text(rng, list(setting.naive.added)).encode() for _ in range(1000)]
+        ids = tokenize(setting.model, texts, "--no-special")
+        expect(detokenize(setting.model, ids), [escape(text) for text in texts])
+        expect(detokenize(setting.model, ids, "-0"), [text.replace(b"\0", "\ufffd".encode()) for text in texts])
+
+
+@test("a megabyte of one thing is tokenized in seconds and comes back whole")
+def _():
+    rng = random.Random(7)
+    size = 1000000
+    texts = [unit * (size // len(unit)) for unit in
+             (b"a", b" ", b"\n", b"\t", b"0", b"<", b"ab", b"a ", b"' ", b"(a", b"\xff", "\u0301".encode(),
+              "\U0001f600".encode())]
+    texts.append("".join(rng.choice("aeiourstn") for _ in range(size)).encode())
+    for setting in settings():
+        for text in texts:
+            there = run_kl3m("-m", setting.model, "--tokenize", "-0", input=text + b"\0", timeout=30)
+            back = run_kl3m("-m", setting.model, "--detokenize", "-0", input=there.out, timeout=30)
+            expect((there.code, back.code), (0, 0), there.err + back.err)
+            expect(back.out == text + b"\0", True, "a megabyte of %r" % text[:8])
+
+
+@test("a line of many megabytes among short ones keeps its place")
+def _():
+    long = models.LEGAL_TEXT.encode() * 2000
+    texts = [b"Under this", long, b"", b"the State"]
+    got = tokenize(small_model(), texts)
+    expect([got[0], got[2], got[3]], [*tokenize(small_model(), [texts[0], b"", texts[3]])])
+    expect(detokenize(small_model(), got) == [escape(text) for text in texts], True)
+
+
+@test("characters that span tokens are decoded whole, and special tokens to nothing")
+def _():
+    for setting in settings():
+        byte_id = {byte: setting.naive.token_id[char] for byte, char in models.byte_alphabet().items()}
+        text = "§ 9 – “covered” \U0001f600 né"
+        spelled = [byte_id[byte] for byte in text.encode()]
+        specials = list(setting.naive.special.values())
+        expect(detokenize(setting.model, [spelled, specials, specials[:1] + spelled + specials[1:]]),
+               [text.encode(), b"", text.encode()])
+        # Half a character stays half a character.
+        expect(detokenize(setting.model, [spelled[:1], spelled[1:2]]), [text.encode()[:1], text.encode()[1:2]])
+
+
+@test("ids decode to what the plain tokenizer makes of them")
+def _():
+    for setting in settings():
+        naive, rng = setting.naive, random.Random(8)
+        id_lists = [[i] for i in range(naive.size)]
+        id_lists += [[rng.randrange(naive.size) for _ in range(rng.randrange(30))] for _ in range(500)]
+        expect(detokenize(setting.model, id_lists), [escape(naive.decode(ids)) for ids in id_lists])
+
+
+# ---- Prompts in, lines out --------------------------------------------------------------------
+
+def tokenize_raw(*options, input=None):
+    done = run_kl3m("-m", small_model(), "--tokenize", *options, input=input)
+    expect(done.code, 0, done.err)
+    return done.out
+
+
+def ids_line(*texts):
+    """What --tokenize should print for these texts (bytes)."""
+    encode = small_setting().naive.encode
+    return "".join(" ".join(map(str, encode(text))) + "\n" for text in texts).encode()
+
+
+@test("an empty prompt is an empty line, and no prompt is none")
+def _():
+    expect(tokenize_raw("-p", ""), b"\n")
+    expect(tokenize_raw(input=b"\n\na\n\n"), b"\n\n" + ids_line(b"a") + b"\n")
+    expect(tokenize_raw("-0", input=b"\0\0"), b"\n\n")
+    expect(tokenize_raw(input=b""), b"")
+    expect(tokenize_raw("-0", input=b""), b"")
+    done = run_kl3m("-m", small_model(), "--detokenize", input=b"\n\n")
+    expect((done.code, done.out), (0, b"\n\n"), done.err)
+
+
+@test("escapes in prompts are decoded, and bad ones stay as they are")
+def _():
+    cases = [
+        (rb"Governing Law.\n", b"Governing Law.\n"), (rb"a\tb\rc", b"a\tb\rc"), (rb"a\\nb", rb"a\nb"),
+        (rb"\"x\"", b'"x"'), (rb"a\0b", b"a\0b"), (rb"\012", b"\x0012"), (rb"\x41\x4a\x4A", b"AJJ"),
+        (rb"caf\xc3\xa9", "café".encode()), (rb"\xff", b"\xff"), (rb"caf\u00e9 \u4E2D", "café 中".encode()),
+        (rb"\ud83d\ude00", "😀".encode()), (rb"C:\Users", rb"C:\Users"), (rb"C:\dir\a", rb"C:\dir\a"),
+        (rb"\x4", rb"\x4"), (rb"\xg1", rb"\xg1"), (rb"\u12", rb"\u12"), (rb"\u12g4", rb"\u12g4"),
+        (rb"\ud83d", rb"\ud83d"), (rb"\ud83dx", rb"\ud83dx"), (rb"\ude00\ud83d", rb"\ude00\ud83d"),
+        (rb"\ud83d\u0041", rb"\ud83dA"), (b"end\\", b"end\\"), ("né\\n".encode(), "né\n".encode()),
+    ]
+    expect_lines = ids_line(*[text for _, text in cases]).splitlines()
+    for (escaped, _), got, want in zip(cases, tokenize_raw(input=b"\n".join(c for c, _ in cases)).splitlines(),
+                                       expect_lines):
+        expect(got, want, "ids of the line %r" % escaped)
+    for (escaped, _), want in zip(cases, expect_lines):
+        expect(tokenize_raw("-p", escaped), want + b"\n", "ids of -p %r" % escaped)
+    raw = b"".join(c + b"\n" for c, _ in cases)
+    expect(tokenize_raw("--no-escape", input=raw), ids_line(*[c for c, _ in cases]), "--no-escape")
+    expect(tokenize_raw("--no-escape", "-p", rb"a\nb"), ids_line(rb"a\nb"), "--no-escape -p")
+
+
+@test("a newline ends a line, a return before it is dropped, NUL bytes stay and the last line may lack its end")
+def _():
+    expect(tokenize_raw(input=b"a\r\nb\r\r\nc\rd\ne\0f\n\r\nlast"),
+           ids_line(b"a", b"b\r", b"c\rd", b"e\0f", b"", b"last"))
+    expect(tokenize_raw(input=b"bad \xff\xe2\x82\n\xf0\x9f"), ids_line(b"bad \xff\xe2\x82", b"\xf0\x9f"))
+
+
+@test("with -0 prompts end in NUL and are taken as they are")
+def _():
+    texts = [b"two\nlines\n", b"return\r\n", rb"C:\new\x41", b"", b"\xff\xfe", b"last"]
+    expect(tokenize_raw("-0", input=b"".join(text + b"\0" for text in texts)), ids_line(*texts))
+    expect(tokenize_raw("-0", input=b"\0".join(texts)), ids_line(*texts), "without the last NUL")
+
+
+@test("-p, -f and standard input give the same ids")
+def _():
+    text = "Section 1. “Née”\n\n(a) it's 2023\\n\r\n".encode()
+    path = tmpdir() / "prompt.txt"
+    path.write_bytes(text)
+    want = ids_line(text)
+    expect(tokenize_raw("-f", path), want)
+    expect(tokenize_raw("-f", "-", input=text), want)
+    expect(tokenize_raw("-p", escape(text)), want)
+    expect(tokenize_raw(input=escape(text)), want)
+    path.write_bytes(b"a\0b\xff")
+    expect(tokenize_raw("-f", path), ids_line(b"a\0b\xff"))
+    path.write_bytes(b"")
+    expect(tokenize_raw("-f", path), b"\n")
+
+
+# ---- Lines of ids -----------------------------------------------------------------------------
+
+@test("ids of rows that have no token decode to nothing")
+def _():
+    tokens = small_setting().naive.size
+    line = small_setting().naive.encode(b"the State")
+    expect(detokenize(small_model(), [[tokens], line + [tokens, 519]]), [b"", b"the State"])
+
+
+@test("a line that is not ids keeps its place, is named, and makes the exit status 3")
+def _():
+    good = ids_line(b"the State").strip()
+    bad = [b"abc", b"-1", b"1.5", b"1,2", b"0x10", good + b" x", b"520", b"4294967296",
+           b"18446744073709551621", b"9" * 30, b"1\0", b"\xff", "１".encode(), b"1e2"]
+    for line in bad:
+        done = run_kl3m("-m", small_model(), "--detokenize", input=good + b"\n" + line + b"\n" + good + b"\n")
+        expect((done.code, done.out), (3, b"the State\n\nthe State\n"), "the line %r\n%s" % (line, done.err))
+        assert re.search(r"\bline 2\b", done.err), "the line %r: %s" % (line, done.err)
+        expect(len(done.err.splitlines()), 1, done.err)
+    lines = b"\n".join([good, *bad, good])
+    done = run_kl3m("-m", small_model(), "--detokenize", "-0", input=lines)
+    expect((done.code, done.out), (3, b"the State\0" + b"\0" * len(bad) + b"the State\0"), done.err)
+    for number in range(2, 2 + len(bad)):
+        assert re.search(r"\bline %d\b" % number, done.err), "line %d: %s" % (number, done.err)

@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""Print the table of character classes that tokenizer.c holds, from the Unicode Character Database.
+
+The GPT-2 pattern asks three things of a character: is it a letter, a number, white space. The `tokenizers`
+library answers with the tables of Unicode 16.0.0, so they come from the package unicodedata2 of that version:
+
+    pip install unicodedata2==16.0.0
+    python3 tests/unicode_table.py
+
+With --check, compare every code point with what the `tokenizers` library does (pip install tokenizers).
+"""
+import sys
+
+import unicodedata2
+
+OTHER, LETTER, NUMBER, SPACE = range(4)
+
+# The property White_Space. Python's isspace() is another set: it has U+001C to U+001F too.
+WHITE_SPACE = {*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F,
+               0x3000}
+
+
+def char_class(code):
+    if code in WHITE_SPACE:
+        return SPACE
+    return {"L": LETTER, "N": NUMBER}.get(unicodedata2.category(chr(code))[0], OTHER)
+
+
+def runs():
+    """(first code point, class) wherever the class changes."""
+    last = None
+    for code in range(0x110000):
+        now = char_class(code)
+        if now != last:
+            yield code, now
+        last = now
+
+
+def print_table():
+    print("""\
+// Classes of all code points, Unicode 16.0.0: each entry is (first code point << 2) | class and holds up to
+// the next entry. Class 0: other or unassigned, 1: letter, 2: number, 3: white space.
+// Printed by tests/unicode_table.py.
+static const uint32_t unicode_runs[] = {""")
+    line = "   "
+    for code, now in runs():
+        entry = f" {code << 2 | now},"
+        if len(line + entry) > 118:
+            print(line)
+            line = "   "
+        line += entry
+    print(line)
+    print("};")
+
+
+def check():
+    """Find each code point's class from where the library cuts a few texts around it; print the differences."""
+    import tokenizers
+
+    cut = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True).pre_tokenize_str
+
+    def one_piece(text):
+        return len(cut(text)) == 1
+
+    differences = 0
+    for code in range(0x110000):
+        if 0xD800 <= code < 0xE000:
+            continue  # surrogates are no characters
+        char = chr(code)
+        # A letter joins letters, a number numbers, any other character "!"; white space joins none of them.
+        found = [one_piece("!" + char), one_piece("a" + char), one_piece("1" + char), one_piece("\t" + char)]
+        expected = [char_class(code) == which for which in range(4)]
+        if found != expected:
+            print(f"U+{code:04X}: joins other, letter, number, white space: {found}, expected {expected}")
+            differences += 1
+    print(f"{0x110000 - 0x800} code points, {differences} unlike tokenizers {tokenizers.__version__}")
+    return differences
+
+
+if __name__ == "__main__":
+    if unicodedata2.unidata_version != "16.0.0":
+        sys.exit(f"unicodedata2 has Unicode {unicodedata2.unidata_version}; install unicodedata2==16.0.0")
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(check() > 0)
+    print_table()

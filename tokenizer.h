@@ -1,0 +1,66 @@
+// tokenizer.h: byte-level BPE behind added tokens, as the `tokenizers` library computes it from a GPT-2 style
+// tokenizer.json. It knows nothing of models and stands alone with tokenizer.c: the tables it reads are one block of
+// bytes that export_weights.py makes (their layout is at the top of tokenizer.c), used where they lie, never copied.
+//
+//     Tokenizer t;
+//     const char *flaw = tokenizer_open(&t, tables, size);    // NULL: good, and cannot fail later
+//     uint32_t *ids = malloc(n * sizeof *ids);                // a token is at least a byte
+//     ptrdiff_t count = tokenizer_encode(&t, text, n, false, ids);
+//     for (ptrdiff_t i = 0; i < count; i++) {
+//         size_t length;
+//         const char *bytes = tokenizer_text(&t, ids[i], &length);
+//         fwrite(bytes, 1, length, stdout);                   // the same bytes again
+//     }
+#ifndef TOKENIZER_H
+#define TOKENIZER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct { uint32_t a, b, x, y; } TokenizerSlot;   // a hash table's slot: key (a, b), value (x, y)
+
+typedef struct {
+    const TokenizerSlot *merges;   // (left, right) -> (rank, token)
+    const TokenizerSlot *edges;    // (node, byte) -> (child, 0)
+    const uint32_t *node_token;    // [nodes] the added token that ends at a node, or TOKENIZER_NONE
+    const uint32_t *byte_token;    // [256]
+    const uint32_t *text_offset;   // [tokens + 1]
+    const uint8_t *flags;          // [tokens]
+    const char *text;
+    uint32_t tokens, merge_slots, edge_slots;
+    uint32_t root[2];              // of the tries of added tokens: those searched first, those searched in what is left
+    bool starts[2][256];           // does any token of the trie begin with this byte?
+    uint8_t ascii_class[128];
+} Tokenizer;
+
+#define TOKENIZER_NONE UINT32_MAX
+
+// Checks every index in the tables, so that whatever they hold, nothing later reads outside them. The tables must
+// outlive the Tokenizer and begin at a multiple of 4 bytes. Returns NULL, or what is wrong with them.
+const char *tokenizer_open(Tokenizer *t, const void *tables, size_t size);
+
+// The ids of text[0 .. n), any bytes, into ids[], which has room for n. With plain_specials the special tokens'
+// names are read as ordinary text. Returns the number of ids, or -1 if there was no memory (about 20 n bytes for a
+// word of n bytes, when n > 128).
+ptrdiff_t tokenizer_encode(const Tokenizer *t, const char *text, size_t n, bool plain_specials, uint32_t *ids);
+
+// What a token stands for: *n bytes, not ended by NUL, not always whole characters. An id beyond the vocabulary
+// stands for nothing.
+const char *tokenizer_text(const Tokenizer *t, uint32_t id, size_t *n);
+
+// Special tokens are no part of a text: whoever decodes skips them.
+bool tokenizer_is_special(const Tokenizer *t, uint32_t id);
+
+// The added token with exactly this content, or TOKENIZER_NONE.
+uint32_t tokenizer_find_added(const Tokenizer *t, const char *content);
+
+// The length in bytes of the UTF-8 character at text[0 .. n), n > 0; *code is its code point. Bytes that are not
+// UTF-8 (overlong forms and surrogates too) come one at a time with *code = UINT32_MAX.
+size_t utf8_char(const char *text, size_t n, uint32_t *code);
+
+// How many bytes at the end of text[0 .. n) are the beginning of a character whose rest may still come: 0 to 3. A
+// stream of tokens is shown up to there and no further.
+size_t utf8_unfinished(const char *text, size_t n);
+
+#endif

@@ -1,18 +1,20 @@
-# kl3m: make builds ./kl3m. CC and CFLAGS may be given: what correctness needs is in NEEDED, which comes after CFLAGS
-# and so has the last word.
+# make builds ./kl3m. CC and CFLAGS may be given: what correctness needs (no contraction of floating-point expressions,
+# threads) is in NEEDED, which comes after CFLAGS and has the last word.
 CC = cc
 CFLAGS = -O2
+PYTHON = python3
+OUT = kl3m
+
 WARNINGS = -Wall -Wextra -Wshadow -Wconversion
 NEEDED = -std=c11 -ffp-contract=off -pthread
-PYTHON = python3
 
-kl3m: kl3m.c tokenizer.c tokenizer.h
-	$(CC) $(WARNINGS) $(CFLAGS) $(NEEDED) -o $@ kl3m.c tokenizer.c -lm
+$(OUT): kl3m.c tokenizer.c tokenizer.h
+	$(CC) $(WARNINGS) $(CFLAGS) $(NEEDED) -o $@ kl3m.c tokenizer.c $(LDFLAGS) -lm
 
-test: kl3m
+test: $(OUT)
 	$(PYTHON) tests/run.py
 
 clean:
-	rm -f kl3m
+	rm -f $(OUT)
 
 .PHONY: test clean

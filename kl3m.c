@@ -103,6 +103,7 @@ static void die(const char *format, ...) {
     fflush(stdout);                            // what is finished is not lost
     fputs("kl3m: ", stderr);
     vfprintf(stderr, format, arguments);
+    va_end(arguments);
     fputc('\n', stderr);
     if (unfinished_file) unlink(unfinished_file);
     _exit(FAILED);
@@ -116,6 +117,7 @@ static void usage_error(const char *format, ...) {
     va_start(arguments, format);
     if (strcmp(format, USAGE_LINE) != 0) fputs("kl3m: ", stderr);
     vfprintf(stderr, format, arguments);
+    va_end(arguments);
     fputs("; kl3m --help lists the options\n", stderr);
     exit(USAGE);
 }
@@ -180,7 +182,7 @@ static void on_signal(int number) {
 }
 
 static void write_all(FILE *f, const void *data, size_t n, const char *name) {
-    if (fwrite(data, 1, n, f) != n) die("cannot write to %s: %s", name, strerror(errno));
+    if (n && fwrite(data, 1, n, f) != n) die("cannot write to %s: %s", name, strerror(errno));
 }
 
 // Ends the program, as a write would, once nobody reads its output any more: the rest need not be computed.
@@ -326,7 +328,7 @@ static const float *find_tensor(const Model *m, const char *name, int rows, int 
         die("%s: %s: found type %u, %u x %u, layout %u, %llu bytes; expected type %d, %d x %d, layout %u, %llu bytes; "
             "export the model again", m->path, name, s->type, s->rows, s->cols, s->layout,
             (unsigned long long)s->size, TYPE_F32, rows, cols, layout, 4 * (unsigned long long)floats);
-    return (const float *)(m->map + s->offset);
+    return (const float *)(const void *)(m->map + s->offset);
 }
 
 static const float *layer_tensor(const Model *m, int layer, const char *name, int rows, int cols, uint32_t layout) {
@@ -405,7 +407,6 @@ static void read_tensors(Model *m) {
 static void check_directory(const Model *m) {
     const FileHeader *h = (const FileHeader *)m->map;
     const char *again = "export the model again, or copy it again";
-    if (m->size < sizeof *h) die("%s: %zu bytes are no model; %s", m->path, m->size, again);
     if (memcmp(h->magic, "KL3M\r\n\x1a\n", 8) != 0)
         die("%s is not a kl3m model; export_weights.py makes one", m->path);
     if (h->version != FORMAT_VERSION)
@@ -435,7 +436,8 @@ static Model model_open(const char *path) {
         die("%s is a directory, not a model file; make one with: python3 export_weights.py %s", path, path);
     if (!S_ISREG(s.st_mode)) die("%s is not a regular file, so it cannot be mapped", path);
     m.size = (size_t)s.st_size;
-    void *map = m.size ? mmap(NULL, m.size, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
+    if (m.size < sizeof(FileHeader)) die("%s: %zu bytes are no model; export it again, or copy it again", path, m.size);
+    void *map = mmap(NULL, m.size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (map == MAP_FAILED) die("cannot map the model %s: %s", path, strerror(errno));
     close(fd);
     m.map = map;
@@ -483,6 +485,7 @@ typedef struct {
 enum { PREFETCH = 2048 };   // floats ahead of the weights in use: 8 KB (measured: 24 rows 41 ms without, 33 with)
 
 #if defined(__x86_64__)
+#define RELAX() _mm_pause()   // tells the core that a loop only waits
 #define KIND avx512
 #define TARGET __attribute__((target("avx512f,fma")))
 #define LANES 16
@@ -504,6 +507,7 @@ enum { PREFETCH = 2048 };   // floats ahead of the weights in use: 8 KB (measure
 #undef KIND
 
 #elif defined(__aarch64__)
+#define RELAX() __asm__ volatile("yield")
 #define KIND neon
 #define TARGET
 #define LANES 4
@@ -513,6 +517,8 @@ enum { PREFETCH = 2048 };   // floats ahead of the weights in use: 8 KB (measure
 #define SPLAT(x) (vec)vdupq_n_f32(x)
 #include "kl3m.c"
 #undef KIND
+#else
+#define RELAX() ((void)0)
 #endif
 
 // For CPUs without a fused multiply-add: the C library's fmaf is exact everywhere, and slow.
@@ -801,9 +807,7 @@ static struct {
 enum { SPINS = 4000 };                 // some 50 to 100 microseconds, longer than the gap between two steps of a pass
 
 static void pause_a_moment(int spins) {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
+    RELAX();
     if (spins % 256 == 255) sched_yield();    // another process, or a thread of ours, may want this core
 }
 
@@ -2388,7 +2392,7 @@ static const Option option_table[] = {
     { 0, "min-p", "P", REAL, &options.min_p, 0, 1, 0, "least share of the likeliest's probability (0)" },
     { 0, "repetition-penalty", "R", REAL, &options.penalty, 0, INFINITY, 1, "as in transformers (1)" },
     { 'r', "num-return-sequences", "R", WHOLE, &options.returns, 1, 1 << 20, 0, "continuations of each prompt (1)" },
-    { 's', "seed", "S", WHOLE, &options.seed, 0, 9007199254740991.0, 0, "fixes every draw (the system's)" },
+    { 's', "seed", "S", WHOLE, &options.seed, 0, 9007199254740991.0, 0, "0 to 2^53 - 1, fixes every draw (the system's)" },
     { 0, "stop", "TEXT", STOP_TEXT, NULL, 0, 0, 0, "end before TEXT; may be repeated" },
     { 0, "ignore-eos", NULL, FLAG, &options.ignore_eos, 0, 0, 0, "go on past <|end|>" },
     { 0, "no-echo", NULL, FLAG, &options.no_echo, 0, 0, 0, "print the continuation without the prompt" },
@@ -2415,7 +2419,7 @@ static int show_help(void) {
     Bytes out = {0};
     append_string(&out, "usage: kl3m [options]\n"
                         "Continues legal text with a KL3M model: -p TEXT, -f FILE, or a prompt a line\n"
-                        "on standard input. In brackets: the value when the option is not given.\n\n");
+                        "on standard input. In brackets: the default.\n\n");
     for (int i = 0; i < OPTIONS; i++) {
         const Option *o = &option_table[i];
         char left[64];
@@ -2480,7 +2484,7 @@ static void set_option(const Option *o, const char *value) {
     } else {
         bool once = o->letter == 'p' || o->letter == 'f';
         if (once && *(const char **)o->address) usage_error("%s is given twice; one prompt goes here, a file of prompts on standard input", option_title(o));
-        if (!once && *value == 0) usage_error("%s: the name is empty", option_title(o));
+        if (o->letter != 'p' && *value == 0) usage_error("%s: the name is empty", option_title(o));
         *(const char **)o->address = value;
     }
 }
@@ -2513,10 +2517,10 @@ static void parse_options(int argc, char **argv) {
             continue;
         }
         for (char *c = arg + 1; *c; c++) {     // -qv, -n32
-            const Option *o = find_option(*c, NULL, 0);
+            const Option *o = find_option(*c, "", 0);
             if (o == NULL) usage_error("-%c is no option", *c);
             if (o->kind == FLAG) {
-                set_option(o, NULL);
+                set_option(o, "");
                 continue;
             }
             if (c[1] == 0 && ++i == argc) usage_error("%s needs a value: %s", option_title(o), o->value);

@@ -15,7 +15,6 @@ import json
 import math
 import random
 
-import numpy
 import torch
 import transformers
 from torch.nn import functional as F
@@ -37,6 +36,7 @@ AWKWARD = {
         "hidden_size": 54, "num_attention_heads": 9, "n_kv": 3, "rotary_pct": 0.34},
     "one KV head of 8, rotary base 500000": {
         "hidden_size": 256, "num_attention_heads": 8, "n_kv": 1, "rotary_pct": 0.25, "rotary_emb_base": 500000},
+    "rotary share 1, 4032 positions": {"rotary_pct": 1.0, "max_position_embeddings": 4096},
     "rotary share 0, six layers, norm epsilon 0.01": {
         "rotary_pct": 0.0, "num_hidden_layers": 6, "layer_norm_eps": 0.01},
     "head size 128, grouped-query, serial residual": {
@@ -95,10 +95,10 @@ class Model:
 
     def logits(self, path, count):
         """What kl3m computes, mapped from its file."""
-        out = tmpdir() / "logits"
+        out, width = tmpdir() / "logits", self.config["vocab_size"]
         done = run_kl3m("-m", self.bin, "-f", path, "--logits", out, timeout=300)
-        expect((done.code, done.err), (0, ""), "kl3m --logits")
-        return numpy.memmap(out, dtype="<f4", mode="r", shape=(count, self.config["vocab_size"]))
+        expect((done.code, done.err, out.stat().st_size), (0, "", count * width * 4), "kl3m --logits")
+        return torch.from_file(str(out), size=count * width, dtype=torch.float32).view(count, width)
 
     def exact(self, ids):
         """The same in float64, rotary tables too: pieces of 256 rows, as (first position, logits)."""
@@ -160,13 +160,13 @@ def awkward_models():
     for name, options in AWKWARD.items():
         options = dict(options)
         n_kv = options.pop("n_kv", None)
-        found.append((name, Model(models.make_config(max_position_embeddings=512, **options), n_kv)))
+        found.append((name, Model(models.make_config(**{"max_position_embeddings": 512, **options}), n_kv)))
     return found
 
 
 def far(a, b):
     """The largest difference, in float64; NaN where a number is NaN."""
-    return (torch.as_tensor(a).double() - torch.as_tensor(b).double()).abs().max().item()
+    return (a.double() - b.double()).abs().max().item()
 
 
 def report(text, *values):
@@ -190,7 +190,7 @@ def _():
             for low, end in zip([0] + ends, ends):
                 rows = slice(max(low - start, 0), max(end - start, 0))
                 if exact[rows].numel():
-                    ours, other = torch.tensor(got[start:start + 256])[rows], theirs[start:start + 256][rows]
+                    ours, other = got[start:start + 256][rows], theirs[start:start + 256][rows]
                     assert torch.isfinite(ours).all(), "logits that are not finite"
                     pairs = [(ours, exact[rows]), (ours, other), (other, exact[rows])]
                     most[end] = [max(m, far(a, b)) for m, (a, b) in zip(most[end], pairs)]
@@ -205,20 +205,22 @@ def _():
 @test("real shapes: 256 greedy tokens are those of transformers")
 def _():
     model = real_model()
-    for count in (1, 40):
-        model.check_greedy(*model.prompt(count, seed=count), 256)
+    model.check_greedy(*model.prompt(40, seed=1), 256)
 
 
 @test("awkward shapes: logits within 1e-4 of float64 and 5e-4 of transformers, 64 greedy tokens the same")
 def _():
     for name, model in awkward_models():
-        ids, path = model.prompt(333)
-        got = torch.tensor(model.logits(path, len(ids)))
+        ids, path = model.prompt(model.config["max_position_embeddings"] - 64)
+        got = model.logits(path, len(ids))
         with torch.no_grad():
             theirs = model.reference(torch.tensor([ids])).logits[0]
             exact = torch.cat([piece for _, piece in model.exact(ids)])
-        report("%s: from float64 %.2g, from transformers %.2g", name, far(got, exact), far(got, theirs))
-        assert far(got, exact) <= 1e-4 and far(got, theirs) <= 5e-4, name
+        ours, between, other = far(got, exact), far(got, theirs), far(theirs, exact)
+        report("%s: kl3m from float64 %.2g, kl3m from transformers %.2g, transformers from float64 %.2g",
+               name, ours, between, other)
+        # At far positions the fp32 angles of transformers cost it more than 5e-4 by itself.
+        assert ours <= 1e-4 and between <= max(5e-4, other + 1e-4), name
         model.check_greedy(ids, path, 64)
 
 
@@ -240,9 +242,9 @@ def _():
     assert "rope_parameters" in config and len(list(again.glob("*.safetensors"))) > 1, config
     (again / "tokenizer.json").write_bytes((model.directory / "tokenizer.json").read_bytes())
     _, path = model.prompt(100)
-    want = model.logits(path, 100).tobytes()
+    want = model.logits(path, 100)
     model.bin = export(again)
-    assert model.logits(path, 100).tobytes() == want
+    assert torch.equal(model.logits(path, 100).view(torch.int32), want.view(torch.int32))
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def make_weights(config, n_kv=None, seed=0):
         layer = "gpt_neox.layers.%d." % n
         norm(layer + "input_layernorm")
         norm(layer + "post_attention_layernorm")
-        linear(layer + "attention.query_key_value", hidden + 2 * n_kv * (hidden // heads), hidden, 1.3)
+        linear(layer + "attention.query_key_value", hidden + 2 * n_kv * (hidden // heads), hidden, 1.5)
         linear(layer + "attention.dense", hidden, hidden)
         linear(layer + "mlp.dense_h_to_4h", config["intermediate_size"], hidden)
         linear(layer + "mlp.dense_4h_to_h", hidden, config["intermediate_size"])

@@ -329,7 +329,7 @@ def start(*args, input=None):
         child.stdin.write(input)
         child.stdin.close()
         child.stdin = None
-        select.select([child.stdout], [], [], 2)  # it has begun to print, or has had the time
+        select.select([child.stdout], [], [], 1)  # it has begun to print, or has had the time
     else:
         time.sleep(0.3)
     return child
@@ -523,7 +523,7 @@ def _():
 def _():
     home, good = tmpdir(), small_model()
     program = home / "bin" / "kl3m"
-    places = [home / "here", home / "data" / "kl3m", home / "bin"]
+    places = [home / "here", home / "data" / "kl3m", home / "bin", home / "share" / "kl3m"]
     for place in places:
         place.mkdir(parents=True)
     shutil.copy(KL3M, program)

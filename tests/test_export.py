@@ -487,7 +487,11 @@ def _():
         tensor("gpt_neox.embed_in.weight", shape=[320, 48])(source)
         tensor("embed_out.weight", shape=[320, 48])(source)
         config(vocab_size=320)(source)
-    for change in (lambda source: None, strange, pairs):
+
+    def bare(source):
+        source.tokenizer["added_tokens"].clear()
+        source.tokenizer["model"]["merges"].clear()
+    for change in (lambda source: None, strange, pairs, bare):
         top = tmpdir()
         source = Source()
         change(source)
@@ -503,7 +507,8 @@ def _():
         raise Skip("the real tokenizer.json is not there")
     real = SHARED / "kl3m-002-170m" / "tokenizer.json"
     directory = tmpdir()
-    models.write_model(directory, tokenizer=real, vocab_size=32768, hidden_size=8, intermediate_size=8, rotary_pct=0.0)
+    models.write_model(directory, tokenizer=real, vocab_size=32768, hidden_size=8, intermediate_size=8,
+                       rotary_pct=0.0)
     code, err = run_inside(directory, "-o", directory / "out.bin")
     assert code == 0, err
     tables = Tables(ModelFile(directory / "out.bin").text("tokenizer"))
@@ -529,9 +534,9 @@ def _():
         "max_position_embeddings": [0, -1, True, None, float("inf")],
         "rotary_pct": [1.5, -0.5, float("nan"), "0.5", True, 0.25, [0.5], 10 ** 400],
         "partial_rotary_factor": [0.25, False, float("nan")],
-        "rotary_emb_base": [0, -10000, float("inf"), float("nan"), "10000", True, 500], "rope_theta": [500, None and 0, {}],
+        "rotary_emb_base": [0, -10000, float("inf"), float("nan"), "10000", True, 500], "rope_theta": [500, {}],
         "layer_norm_eps": [0, -1e-5, float("nan"), float("inf"), "1e-5", True, 2, 0.0],
-    }.items() for value in values if (field, value) != ("rope_theta", None)]
+    }.items() for value in values]
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
                   "max_position_embeddings"):
         table.append(("no " + field, without("config", field), [field]))
@@ -541,7 +546,7 @@ def _():
         ("two bases", config(rotary_emb_base=500), ["rotary_emb_base", "rope_theta", "500", "10000"]),
         ("heads", config(num_attention_heads=5), ["hidden_size", "48", "num_attention_heads 5"]),
         ("the share's value", config(rotary_pct=1.5), ["rotary_pct", "1.5", "from 0 to 1"]),
-        ("the value's place", config(rope_parameters={"rope_type": "yarn"}), ["rope_parameters", "rope_type", "yarn"]),
+        ("the value's place", config(rope_parameters={"rope_type": "yarn"}), ["rope_parameters.rope_type", "yarn"]),
     ]
     check_all_refused(table)
 
@@ -625,7 +630,7 @@ def _():
 
     def length(size):
         return bytes_of(lambda data: struct.pack("<Q", size) + data[8:])
-    name = "embed_out.weight"
+    name, first = "embed_out.weight", "gpt_neox.embed_in.weight"
     check_all_refused([
         ("missing", bytes_of(lambda data: None), ["model.safetensors"]),
         ("empty", bytes_of(lambda data: b""), ["header"]),
@@ -670,6 +675,8 @@ def _():
         ("offsets that are text", entry(data_offsets=["0", "1"]), [name]),
         ("negative offsets", entry(data_offsets=[-8, -4]), [name]),
         ("huge offsets", entry(data_offsets=[2 ** 64, 2 ** 64 + 4]), [name]),
+        ("offsets of 4,300 digits", lambda s: setattr(s, "change_header", lambda h: h[first].update(
+            data_offsets=[0, 10 ** 4300 - 1])), [first]),
         ("offsets past the end", offsets(4, 4), [name]),
         ("offsets backwards", offsets(4, -10 ** 5), [name]),
         ("an overlap", offsets(-4, -4), [name, "offset"]),
@@ -687,7 +694,7 @@ def _():
         def build(source, directory):
             tensors = {name: (shape, array("f", data)) for name, (_, shape, data) in source.tensors.items()}
             models.save_model(directory, source.config, tensors, shards=2, tokenizer=source.tokenizer)
-            path = directory / "model.safetensors.index.json"
+            path = directory / index_name
             index = json.loads(path.read_text())
             change(index)
             path.write_text(json.dumps(index))
@@ -697,7 +704,8 @@ def _():
 
     def mapped(file, name="embed_out.weight"):
         return shards(lambda index: index["weight_map"].update({name: file}))
-    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    first, second, index_name = (
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
     check_all_refused([
         ("no weight_map", shards(lambda index: index.pop("weight_map")), ["weight_map"]),
         ("weight_map is a list", shards(lambda index: index.update(weight_map=[second])), ["weight_map"]),
@@ -714,9 +722,9 @@ def _():
         ("in no shard", mapped(first, "gpt_neox.more.weight"), ["gpt_neox.more.weight", first]),
         ("not in the index", shards(lambda index: index["weight_map"].pop("embed_out.weight")), ["embed_out.weight"]),
         ("a shard is missing", shards(files=lambda d: (d / second).unlink()), [second]),
-        ("a shard is short", shards(files=lambda d: (d / second).write_bytes((d / second).read_bytes()[:-4])), [second]),
-        ("one shard twice", shards(files=lambda d: shutil.copyfile(d / first, d / second)), ["model.safetensors.index"]),
-        ("the index is broken", shards(files=lambda d: (d / "model.safetensors.index.json").write_text("{")), ["JSON"]),
+        ("a shard is short", shards(files=lambda d: os.truncate(d / second, 40000)), [second]),
+        ("one shard twice", shards(files=lambda d: shutil.copyfile(d / first, d / second)), [second]),
+        ("the index is broken", shards(files=lambda d: (d / index_name).write_text("{")), ["JSON", index_name]),
     ])
 
 
@@ -758,7 +766,7 @@ def _():
         ("ignore_merges", tokenizer("model", ignore_merges=True), ["ignore_merges"]),
         ("a prefix", tokenizer("model", continuing_subword_prefix="##"), ["continuing_subword_prefix", "##"]),
         ("a suffix", tokenizer("model", end_of_word_suffix="</w>"), ["end_of_word_suffix", "</w>"]),
-        ("a template that adds", tokenizer(post_processor=template(start, SEQUENCE_A)), ["post_processor", "adds no"]),
+        ("a template that adds", tokenizer(post_processor=template(start, SEQUENCE_A)), ["post_processor"]),
         ("a template without the text", tokenizer(post_processor=template()), ["post_processor"]),
         ("a template with the text twice", tokenizer(post_processor=template(SEQUENCE_A, SEQUENCE_A)),
          ["post_processor"]),
@@ -767,7 +775,8 @@ def _():
         ("one of two that adds", tokenizer(post_processor={
             "type": "Sequence", "processors": [BYTE_LEVEL, template(SEQUENCE_A, start)]}), ["post_processor"]),
         ("a post_processor that is none", tokenizer(post_processor="ByteLevel"), ["post_processor"]),
-        ("processors that are none", tokenizer(post_processor={"type": "Sequence", "processors": 3}), ["post_processor"]),
+        ("processors that are none", tokenizer(post_processor={"type": "Sequence", "processors": 3}),
+         ["post_processor"]),
         ("lstrip", added(8, lstrip=True), ["lstrip", json.dumps(entries[8]["content"])]),
         ("rstrip", added(8, rstrip=True), ["rstrip"]),
         ("single_word", added(8, single_word=True), ["single_word"]),
@@ -791,8 +800,8 @@ def _():
         ("an id of true", vocabulary(zzz=True), ["zzz"]),
         ("an id with a fraction", vocabulary(zzz=299.0), ["zzz"]),
         ("an id beyond the embedding", vocabulary(zzz=ROWS), ["zzz", "304", "embed_in"]),
-        ("more tokens than rows", lambda source: [more(content="~" * n, id=TOKENS - 2 + n)(source) for n in range(2, 7)],
-         ['"~~~~~~"', "304 rows", "embed_in"]),
+        ("more tokens than rows", lambda source: [
+            more(content="~" * n, id=TOKENS - 2 + n)(source) for n in range(2, 7)], ['"~~~~~~"', "304 rows"]),
         ("a huge id", vocabulary(zzz=10 ** 30), ["zzz"]),
         ("a gap that the library would fill", lambda source: (
             source.tokenizer["added_tokens"].clear(), source.tokenizer["model"]["vocab"].update(zzz=299),
@@ -811,7 +820,8 @@ def _():
     ]] + [
         ("half a surrogate pair", added(-1, content="a\ud800"), ["\\ud800", "download"]),
         ("half a pair in the vocabulary", lambda source: (
-            source.tokenizer["added_tokens"].clear(), vocabulary(**{"\udfff": TOKENS})(source)), ["\\udfff", "download"]),
+            source.tokenizer["added_tokens"].clear(), vocabulary(**{"\udfff": TOKENS})(source)),
+         ["\\udfff", "download"]),
     ])
 
 
@@ -820,8 +830,9 @@ def _():
     table = []
     for name in ("config.json", "tokenizer.json"):
         table += [(what + " " + name, raw(name, change), [name]) for what, change in [
-            ("no", lambda data: None), ("an empty", lambda data: b""), ("half of", lambda data: data[:len(data) // 2]),
-            ("a list in", lambda data: b"[1]"), ("null in", lambda data: b"null"), ("bad UTF-8 in", lambda data: b"\xff" + data),
+            ("no", lambda data: None), ("an empty", lambda data: b""), ("a list in", lambda data: b"[1]"),
+            ("null in", lambda data: b"null"), ("half of", lambda data: data[:len(data) // 2]),
+            ("bad UTF-8 in", lambda data: b"\xff" + data),
             ("UTF-16 in", lambda data: data.decode().encode("utf-16")), ("deep", lambda data: b'{"a":' * 100000),
             ("deep and whole", lambda data: data[:-1] + b', "z": ' + b"[" * 900 + b"]" * 900 + b', "z": 1}'),
             ("a key twice in", lambda data: b'{"version": 1, ' + data[1:-1] + b', "version": 1}'),
@@ -859,6 +870,9 @@ def _():
     source = small_source()
     for what, code, status, words in [
             ("Ctrl-C", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGINT)", 130, ["stopped"]),
+            ("Ctrl-C again while it clears up", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGINT)\n"
+             "unlink = os.unlink\nos.unlink = lambda path: (os.kill(os.getpid(), signal.SIGINT), unlink(path))",
+             130, ["stopped"]),
             ("SIGTERM", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGTERM)", 143, ["stopped"]),
             ("SIGHUP", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGHUP)", 129, ["stopped"]),
             ("a file too large", "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))", 1,
@@ -903,12 +917,12 @@ def _():
     expect((top / "old").read_bytes(), made, "written through the link")
     assert (top / "old link").is_symlink()
 
-    for out, words in ((top / "work", ["plain file"]), (top / "none" / "x.bin", ["none", "expected a directory"]),
-                       (top / "old" / "x.bin", ["expected a directory"]), ("/dev/null", ["plain file"]), ("", ["plain file"]),
-                       (source / "model.safetensors", ["source"]), (source / "config.json", ["source"])):
+    for out, word in ((top / "work", "a plain file"), ("/dev/null", "a plain file"), ("", "a plain file"),
+                      (top / "none" / "x.bin", "expected a directory"), (top / "old" / "x.bin", "a directory"),
+                      (source / "model.safetensors", "source"), (source / "config.json", "source")):
         code, err = run_inside(source, "-o", out)
         expect((code, err.count("\n")), (1, 1), "%s: %s" % (out, err))
-        assert all(word in err for word in [*words, "cannot write"]), err
+        assert word in err and "cannot write" in err, err
     expect(sorted(os.listdir(top)), ["link", "old", "old link", "some-model", "work"])
     expect(sorted(os.listdir(source)), ["config.json", "model.safetensors", "tokenizer.json"])
 
@@ -964,7 +978,8 @@ def _():
     expect(about(config(_name_or_path="a\tb\n\x9bc\ud800")),
            dict(unknown, name="a b  c?", source="model (a b  c?)", exporter=exporter))
 
-    for found in (about(config(_name_or_path="kl3m-002-170m")), about(config(_name_or_path="alea-institute/kl3m-002-170m/")),
+    for found in (about(config(_name_or_path="kl3m-002-170m")),
+                  about(config(_name_or_path="alea-institute/kl3m-002-170m/")),
                   about(without("config", "_name_or_path"), "kl3m-002-170m")):
         expect((found["name"], found["license"]), ("kl3m-002-170m", "CC-BY 4.0"))
         assert "ALEA Institute" in found["attribution"] and "Bommarito" in found["citation"], found
@@ -975,6 +990,7 @@ def _():
 
     for readme, license in ((b"---\nlanguage: en\nlicense: mit\ntags:\n- x\n---\n# Card\n", "mit"),
                             (b"---\r\nlicense: 'apache-2.0'\r\n---\r\n", "apache-2.0"),
-                            (b"# Card\nlicense: mit\n", "unknown"), (b"---\nlicense:\n---\nlicense: mit\n", "unknown"),
+                            (b"# Card\nlicense: mit\n", "unknown"),
+                            (b"---\nlicense:\n---\nlicense: mit\n", "unknown"),
                             (b"", "unknown"), (b"---\nlicense: \xff\n", "unknown")):
         expect(about(readme=readme)["license"], license, str(readme))

@@ -2,8 +2,8 @@
 """Write references/tokenizer_small.jsonl: texts and their ids under the small tokenizer of models.py, as the
 `tokenizers` library finds them. To be run again when that tokenizer changes:
 
-    pip install tokenizers==0.23.3
-    python3 tests/tokenizer_vectors.py
+    pip install -r requirements.txt
+    ./tokenizer_vectors.py
 
 The first line says what made it and from which tokenizer. Then {"text", "ids"}, with "plain" (the ids when special
 tokens are read as plain text) where that differs, and {"ids", "decoded"}.

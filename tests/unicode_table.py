@@ -4,10 +4,10 @@
 The GPT-2 pattern asks three things of a character: is it a letter, a number, white space. The `tokenizers`
 library answers with the tables of Unicode 16.0.0, so they come from the package unicodedata2 of that version:
 
-    pip install unicodedata2==16.0.0
-    python3 tests/unicode_table.py
+    pip install -r requirements.txt
+    ./unicode_table.py
 
-With --check, compare every code point with what the `tokenizers` library does (pip install tokenizers).
+With --check, compare every code point with what the `tokenizers` library does instead.
 """
 import sys
 

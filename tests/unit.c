@@ -1,0 +1,183 @@
+// Looks inside kl3m.c, where the command line cannot: built and run by test_unit.py and live_sampling.py.
+//
+//     unit math          compares exp, GELU, norms, sines and powers with the C library's double or long double
+//     unit philox        the generator's known answers
+//     unit utf8          every sequence of up to 4 bytes that can matter, against a plain description of UTF-8
+//     unit threads       every piece is run once, whatever the threads do
+//     unit distribution  reads f64 { temperature, top_k, top_p, min_p, penalty, n, n_history }, n f32 logits and
+//                        n_history u32 ids from standard input, again and again; writes a line "id probability ..."
+#define KL3M_TEST
+#include "../kl3m.c"
+
+static double largest_error;
+
+static void worst(double got, double want, double unit) {
+    double error = fabs(got - want) / unit;
+    if (!(error <= largest_error)) largest_error = error;
+}
+
+static void say(const char *kind, const char *what, double limit) {
+    printf("%-8s %-44s %.3g, at most %.3g%s\n", kind, what, largest_error, limit,
+           largest_error <= limit ? "" : " FAILED");
+    if (!(largest_error <= limit)) exit(1);
+    largest_error = 0;
+}
+
+static void check_kernels(const Kernels *k) {
+    static float tile[2 * BLOCK_FLOATS], out[2 * BLOCK_FLOATS];
+    // Row 0 of a tile of scores: e^x beside e^0, so that the largest is 0.
+    for (double x = -86; x <= 0; x += 86.0 / 400000) {
+        tile[0] = (float)x, tile[1] = 0;
+        k->softmax(2, tile);
+        double want = exp((double)(float)x);
+        worst(tile[0], want, want * 0x1p-24);
+    }
+    say(k->name, "exp, units in the last place", 3);
+    for (double x = -40; x <= 40; x += 1e-4) {
+        tile[0] = (float)x;
+        k->finish(1, tile, NULL, NULL, NULL, true, out, BLOCK, BLOCK_FLOATS);
+        double exact = (float)x * 0.5 * erfc(-(float)x / sqrt(2));
+        worst(out[0], exact, fabs(x) < 1 ? 1 : fabs(x));
+    }
+    say(k->name, "GELU, absolute or relative to |x|", 1.2e-7);
+    // A norm over 29 columns of 3 rows, with weights and biases.
+    for (int n = 1; n <= 32; n++) {
+        float weight[PAIR] = {0}, bias[PAIR] = {0};
+        memset(tile, 0, sizeof tile);
+        for (int i = 0; i < n; i++) {
+            weight[i] = (float)(1 + 0.1 * sin(i)), bias[i] = (float)cos(i);
+            for (int r = 0; r < 3; r++) *cell(tile, r, i) = (float)(5 * sin(i * i + r) + r);
+        }
+        k->layer_norm(3, n, 1e-5f, tile, weight, bias, out);
+        for (int r = 0; r < 3; r++) {
+            double mean = 0, variance = 0;
+            for (int i = 0; i < n; i++) mean += *cell(tile, r, i) / (double)n;
+            for (int i = 0; i < n; i++) variance += pow(*cell(tile, r, i) - mean, 2) / n;
+            for (int i = 0; i < PAIR; i++)
+                worst(*cell(out, r, i), i < n ? (*cell(tile, r, i) - mean) / sqrt(variance + 1e-5) * weight[i] + bias[i] : 0, 1);
+        }
+    }
+    say(k->name, "layer norm", 2e-6);
+}
+
+static int check_math(void) {
+    check_kernels(&kernels_portable);
+    check_kernels(choose_kernels(NULL));
+#if defined(__x86_64__)
+    if (choose_kernels("avx2")) check_kernels(&kernels_avx2);
+#endif
+    for (double x = -700; x <= 0; x += 0.00137) worst(exp_double(x), exp(x), exp(x));
+    say("double", "exp, relative", 1e-15);
+    for (double x = 1; x < 1e12; x *= 1.0007) worst(log_double(x), log(x), 1 + log(x));
+    say("double", "log", 4e-16);
+    for (double angle = 0; angle < 1 << 20; angle += angle < 9000 ? 0.0931 : 17.3) {
+        Turn t = turn_by(angle);
+        worst(t.cosine, (double)(float)cos(angle), 0x1p-25);
+        worst(t.sine, (double)(float)sin(angle), 0x1p-25);
+    }
+    say("double", "sine and cosine, halves of the last place of 1", 1);   // two roundings that fall apart: 2^-25
+    return 0;
+}
+
+static int check_philox(void) {
+    // Random123's kat_vectors for philox4x32 with 10 rounds.
+    static const struct { uint32_t counter[4], key[2], want[4]; } known[] = {
+        { { 0, 0, 0, 0 }, { 0, 0 }, { 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8 } },
+        { { ~0u, ~0u, ~0u, ~0u }, { ~0u, ~0u }, { 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd } },
+        { { 0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344 }, { 0xa4093822, 0x299f31d0 },
+          { 0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1 } },
+    };
+    for (int i = 0; i < 3; i++) {
+        uint32_t out[4];
+        philox(known[i].counter, known[i].key, out);
+        if (memcmp(out, known[i].want, sizeof out) != 0) return printf("known answer %d is another\n", i), 1;
+    }
+    return 0;
+}
+
+// Can these bytes be continued to, or are they (whole), one well-formed character? Unicode 16, table 3-7.
+static bool begins_character(const uint8_t *s, size_t n, bool *whole) {
+    static const struct { int least, most, length, second_least, second_most; } rows[] = {
+        { 0x00, 0x7F, 1, 0, 0 }, { 0xC2, 0xDF, 2, 0x80, 0xBF }, { 0xE0, 0xE0, 3, 0xA0, 0xBF },
+        { 0xE1, 0xEC, 3, 0x80, 0xBF }, { 0xED, 0xED, 3, 0x80, 0x9F }, { 0xEE, 0xEF, 3, 0x80, 0xBF },
+        { 0xF0, 0xF0, 4, 0x90, 0xBF }, { 0xF1, 0xF3, 4, 0x80, 0xBF }, { 0xF4, 0xF4, 4, 0x80, 0x8F },
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        if (s[0] < rows[i].least || s[0] > rows[i].most || n > (size_t)rows[i].length) continue;
+        if (n > 1 && (s[1] < rows[i].second_least || s[1] > rows[i].second_most)) return false;
+        for (size_t k = 2; k < n; k++) if (s[k] < 0x80 || s[k] > 0xBF) return false;
+        *whole = n == (size_t)rows[i].length;
+        return true;
+    }
+    return false;
+}
+
+static int check_utf8(void) {
+    static const uint8_t edges[] = { 0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1,
+                                     0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF };
+    enum { N = sizeof edges };
+    for (int i = 0; i < N * N * N * N; i++) {
+        uint8_t s[4] = { edges[i % N], edges[i / N % N], edges[i / N / N % N], edges[i / N / N / N] };
+        for (size_t n = 1; n <= 4; n++) {
+            uint32_t code;
+            bool whole = false;
+            size_t length = 0, unfinished = 0, got = utf8_char((const char *)s, n, &code);
+            for (size_t k = 1; k <= n; k++)
+                if (begins_character(s, k, &whole) && whole) length = k;
+            for (size_t k = 1; k <= 3 && k <= n; k++)
+                if (begins_character(s + n - k, k, &whole) && !whole) unfinished = k;
+            if (got != (length ? length : 1) || (code == UINT32_MAX) != (length == 0) ||
+                utf8_unfinished((const char *)s, n) != unfinished)
+                return printf("%02x %02x %02x %02x, %zu bytes\n", s[0], s[1], s[2], s[3], n), 1;
+        }
+    }
+    return 0;
+}
+
+static atomic_int times[1000];
+static void count_piece(void *arg, int piece, int thread) { (void)thread; atomic_fetch_add((atomic_int *)arg + piece, 1); }
+
+static int check_threads(void) {
+    threads_start(5);
+    for (int round = 1; round <= 20000; round++) {
+        int pieces = round % 7 ? round % 40 : 1000;
+        memset(times, 0, sizeof times);
+        parallel(pieces, count_piece, times);
+        for (int i = 0; i < 1000; i++)
+            if (times[i] != (i < pieces)) return printf("round %d, piece %d of %d ran %d times\n", round, i, pieces, times[i]), 1;
+        if (round % 5000 == 0) usleep(30000);      // long enough for the workers to fall asleep
+    }
+    threads_stop();
+    return 0;
+}
+
+static int print_distributions(void) {
+    double head[7];
+    while (fread(head, sizeof head, 1, stdin) == 1) {
+        Sampling s = { .temperature = head[0], .top_k = (long)head[1], .top_p = head[2], .min_p = head[3], .penalty = head[4] };
+        int n = (int)head[5], n_history = (int)head[6];
+        float *logits = allocate((size_t)n, sizeof *logits), *penalized = allocate((size_t)n, sizeof *logits);
+        uint32_t *history = allocate((size_t)n_history, sizeof *history);
+        Candidate *candidates = allocate((size_t)n, sizeof *candidates);
+        if (fread(logits, sizeof *logits, (size_t)n, stdin) != (size_t)n ||
+            fread(history, sizeof *history, (size_t)n_history, stdin) != (size_t)n_history) return 1;
+        memcpy(penalized, logits, (size_t)n * sizeof *logits);
+        if (s.penalty != 1) penalize(logits, n, history, n_history, s.penalty, penalized);
+        double total;
+        int count = distribution(&s, penalized, n, candidates, &total);
+        for (int i = 0; i < count; i++) printf("%s%u %.17g", i ? " " : "", candidates[i].id, candidates[i].weight / total);
+        printf("\n");
+        free(logits), free(penalized), free(history), free(candidates);
+    }
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    static const struct { const char *name; int (*run)(void); } parts[] = {
+        { "math", check_math }, { "philox", check_philox }, { "utf8", check_utf8 }, { "threads", check_threads },
+        { "distribution", print_distributions },
+    };
+    for (size_t i = 0; argc == 2 && i < sizeof parts / sizeof *parts; i++)
+        if (strcmp(argv[1], parts[i].name) == 0) return parts[i].run();
+    return 2;
+}

@@ -456,6 +456,7 @@ static Model model_open(const char *path) {
 
 static void model_close(Model *m) {
     free(m->layers);
+    tokenizer_close(&m->tokenizer);
     munmap((void *)(uintptr_t)m->map, m->size);
 }
 
@@ -1716,6 +1717,8 @@ static int gather(Scheduler *s, Draw *draws, int *n_draws) {
 static void schedule(Scheduler *s) {
     size_t vocab = (size_t)s->m->c.vocab;
     if (s->max_rows < s->batch) s->batch = s->max_rows;
+    long most = (long)s->batch * s->m->c.context;      // more rows there cannot be: no memory for them
+    if (s->max_rows > most) s->max_rows = (int)most;
     s->kv = kv_open(&s->m->c);
     s->work = work_open(s->m, s->work.kernels, s->max_rows, s->batch);
     s->running = allocate((size_t)s->batch, sizeof *s->running);
@@ -2020,19 +2023,13 @@ static void prompts_close(Prompts *p) {
     free(p->records.buffer.data);
 }
 
-static uint32_t *encode(const Model *m, const Options *o, const char *text, size_t n, size_t *count) {
-    uint32_t *ids = allocate(n + 1, sizeof *ids);
-    ptrdiff_t got = tokenizer_encode(&m->tokenizer, text, n, o->no_special, ids);
-    if (got < 0) die("out of memory for a prompt of %zu bytes", n);
-    *count = (size_t)got;
-    return ids;
-}
-
 // The ids that the model is given for a text, in r: cut as --truncate says, <|start|> for an empty one. A text that
 // cannot be run leaves its reason in r->error.
-static void give_tokens(Request *r, const Model *m, const Options *o, long new_tokens) {
-    size_t count;
-    r->ids = encode(m, o, r->prompt, r->prompt_size, &count);
+static void give_tokens(Request *r, Model *m, const Options *o, long new_tokens) {
+    r->ids = allocate(r->prompt_size + 1, sizeof *r->ids);
+    ptrdiff_t encoded = tokenizer_encode(&m->tokenizer, r->prompt, r->prompt_size, o->no_special, r->ids);
+    if (encoded < 0) die("out of memory for a prompt of %zu bytes", r->prompt_size);
+    size_t count = (size_t)encoded;
     size_t context = (size_t)m->c.context, most = new_tokens > 0 ? context - 1 : context;
     size_t keep = o->truncate ? context - (size_t)(new_tokens < m->c.context ? new_tokens : m->c.context) : most;
     if (count == 0 && m->start_token == TOKENIZER_NONE) {
@@ -2060,7 +2057,7 @@ static void give_tokens(Request *r, const Model *m, const Options *o, long new_t
 // Everything `generate` knows; the scheduler's callbacks get it.
 typedef struct {
     const Options *o;
-    const Model *m;
+    Model *m;
     Scheduler s;
     Prompts prompts;
     bool stream;               // one prompt, one continuation: shown as it grows
@@ -2157,7 +2154,7 @@ static void show_interrupted(Generation *g) {
     }
 }
 
-static int generate(const Options *o, const Model *m, const Kernels *kernels) {
+static int generate(const Options *o, Model *m, const Kernels *kernels) {
     Bytes stops[MAX_STOPS] = {{0}};
     for (int i = 0; i < o->n_stops; i++) {
         append_string(&stops[i], o->stops[i]);
@@ -2190,26 +2187,47 @@ static int generate(const Options *o, const Model *m, const Kernels *kernels) {
     return interrupted ? interrupted : g.some_failed ? SOME_FAILED : OK;
 }
 
-static int tokenize(const Options *o, const Model *m) {
-    Prompts prompts = prompts_open(o);
-    char *text;
-    size_t n, count;
-    long line;
-    while (!interrupted && next_prompt(&prompts, true, &text, &n, &line) == 1) {
-        uint32_t *ids = encode(m, o, text, n, &count);
-        Bytes out = {0};
-        for (size_t i = 0; i < count; i++) {
-            char digits[12], *d = digits + sizeof digits;      // by hand: printf would take longer than encoding
-            uint32_t id = ids[i];
-            do *--d = (char)('0' + id % 10); while (id /= 10);
-            if (i) append(&out, " ", 1);
-            append(&out, d, (size_t)(digits + sizeof digits - d));
-        }
-        append(&out, "\n", 1);
-        print(&out);
-        free(ids);
+// Ids as digits and spaces, by hand and into one buffer: printf, or an allocation for each line, would take longer
+// than the encoding.
+static void append_ids(Bytes *out, const uint32_t *ids, size_t n) {
+    out->data = grow(out->data, &out->room, out->size + 11 * n + 1);
+    char *at = out->data + out->size;
+    for (size_t i = 0; i < n; i++) {
+        char digits[10], *d = digits + sizeof digits;
+        uint32_t id = ids[i];
+        do *--d = (char)('0' + id % 10); while (id /= 10);
+        if (i) *at++ = ' ';
+        while (d < digits + sizeof digits) *at++ = *d++;
     }
+    *at++ = '\n';
+    out->size = (size_t)(at - out->data);
+}
+
+static int tokenize(const Options *o, Model *m) {
+    Prompts prompts = prompts_open(o);
+    Bytes out = {0};
+    uint32_t *ids = NULL;
+    size_t room = 0, n;
+    char *text;
+    long line;
+    for (int got; !interrupted;) {
+        got = next_prompt(&prompts, false, &text, &n, &line);
+        if (got < 1 || out.size > 1 << 20) {       // nothing more just now: what there is goes out
+            write_all(stdout, out.data, out.size, "standard output");
+            flush_stdout();
+            out.size = 0;
+        }
+        if (got == 0) got = next_prompt(&prompts, true, &text, &n, &line);
+        if (got < 0) break;
+        if (got == 0) continue;
+        ids = grow(ids, &room, (n + 1) * sizeof *ids);
+        ptrdiff_t count = tokenizer_encode(&m->tokenizer, text, n, o->no_special, ids);
+        if (count < 0) die("out of memory for a prompt of %zu bytes", n);
+        append_ids(&out, ids, (size_t)count);
+    }
+    print(&out);
     flush_stdout();
+    free(ids);
     prompts_close(&prompts);
     return interrupted;
 }
@@ -2266,7 +2284,7 @@ static int detokenize(const Options *o, const Model *m) {
 }
 
 // The logits of every position of one prompt, fp32, [tokens][vocab].
-static int write_logits(const Options *o, const Model *m, const Kernels *kernels) {
+static int write_logits(const Options *o, Model *m, const Kernels *kernels) {
     Prompts prompts = prompts_open(o);
     char *text, *more;
     size_t n, n_more;
@@ -2574,20 +2592,37 @@ static const Kernels *find_kernels(void) {
     return kernels;
 }
 
-// The CPUs that this process may use at once: its affinity mask, or the quota of its cgroup if that is less.
+#ifdef __linux__
+// A cgroup's quota in CPUs, rounded up, or LONG_MAX. Version 2's file holds "quota period" or "max period"; version
+// 1's the quota alone, -1 for none, and its period is 100 ms unless somebody changed it.
+static long quota_of(const char *file) {
+    FILE *f = fopen(file, "r");
+    long quota = 0, period = 100000;
+    bool limited = f && fscanf(f, "%ld %ld", &quota, &period) >= 1 && quota > 0 && period > 0;
+    if (f) fclose(f);
+    return limited ? (quota + period - 1) / period : LONG_MAX;
+}
+#endif
+
+// The CPUs that this process may use at once: its affinity mask, or the quota of a cgroup it is in if that is less.
 static int usable_cpus(void) {
     long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 #ifdef __linux__
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
-    static const char *const quotas[] = { "/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us" };
-    for (int i = 0; i < 2; i++) {
-        FILE *f = fopen(quotas[i], "r");
-        long quota = 0, period = 100000;       // version 2: "quota period" or "max period"; 1: the quota, -1 for none
-        if (f && fscanf(f, "%ld %ld", &quota, &period) >= 1 && quota > 0 && period > 0 && (quota + period - 1) / period < cpus)
-            cpus = (quota + period - 1) / period;
-        if (f) fclose(f);
+    char line[PATH_MAX] = "", file[PATH_MAX + 64];
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(line, sizeof line, f) && strncmp(line, "0::/", 4) != 0) *line = 0;    // version 2's only line
+    if (f) fclose(f);
+    char *path = *line ? line + 3 : line;
+    for (path[strcspn(path, "\n")] = 0;; *strrchr(path, '/') = 0) {       // this cgroup, its parent, ... the root
+        snprintf(file, sizeof file, "/sys/fs/cgroup%s/cpu.max", path);
+        long quota = quota_of(file);
+        if (quota < cpus) cpus = quota;
+        if (strrchr(path, '/') == NULL) break;
     }
+    long quota = quota_of("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
+    if (quota < cpus) cpus = quota;
 #endif
     return cpus < 1 ? 1 : cpus > 1024 ? 1024 : (int)cpus;
 }

@@ -3,7 +3,7 @@
 // bytes that export_weights.py makes (their layout is at the top of tokenizer.c), used where they lie, never copied.
 //
 //     Tokenizer t;
-//     const char *flaw = tokenizer_open(&t, tables, size);    // NULL: good, and cannot fail later
+//     const char *flaw = tokenizer_open(&t, tables, size);    // NULL: good
 //     uint32_t *ids = malloc(n * sizeof *ids);                // a token is at least a byte
 //     ptrdiff_t count = tokenizer_encode(&t, text, n, false, ids);
 //     for (ptrdiff_t i = 0; i < count; i++) {
@@ -11,6 +11,9 @@
 //         const char *bytes = tokenizer_text(&t, ids[i], &length);
 //         fwrite(bytes, 1, length, stdout);                   // the same bytes again
 //     }
+//     tokenizer_close(&t);
+//
+// One Tokenizer serves one thread at a time, since it remembers words; several may share the tables.
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
 
@@ -19,6 +22,12 @@
 #include <stdint.h>
 
 typedef struct { uint32_t a, b, x, y; } TokenizerSlot;   // a hash table's slot: key (a, b), value (x, y)
+
+typedef struct {                   // a word met before, and its ids
+    char key[16];
+    uint32_t ids[11];
+    uint8_t length, count;         // length 0: none yet
+} TokenizerWord;
 
 typedef struct {
     const TokenizerSlot *merges;   // (left, right) -> (rank, token)
@@ -30,11 +39,14 @@ typedef struct {
     const char *text;
     uint32_t tokens, merge_slots, edge_slots;
     uint32_t root[2];              // of the tries of added tokens: those searched first, those searched in what is left
-    bool starts[2][256];           // does any token of the trie begin with this byte?
+    uint32_t first[2][256];        // the node behind the root on this byte, or 0 (which is no child)
+    uint8_t second[2][8192];       // bit b0 * 256 + b1: does any token of the trie begin with these two bytes?
     uint8_t ascii_class[128];
+    TokenizerWord *words;          // [TOKENIZER_WORDS], allocated by the first encoding; NULL: nothing is remembered
 } Tokenizer;
 
 #define TOKENIZER_NONE UINT32_MAX
+enum { TOKENIZER_WORDS = 4096 };
 
 // Checks every index in the tables, so that whatever they hold, nothing later reads outside them. The tables must
 // outlive the Tokenizer and begin at a multiple of 4 bytes. Returns NULL, or what is wrong with them.
@@ -43,7 +55,9 @@ const char *tokenizer_open(Tokenizer *t, const void *tables, size_t size);
 // The ids of text[0 .. n), any bytes, into ids[], which has room for n. With plain_specials the special tokens'
 // names are read as ordinary text. Returns the number of ids, or -1 if there was no memory (about 20 n bytes for a
 // word of n bytes, when n > 128).
-ptrdiff_t tokenizer_encode(const Tokenizer *t, const char *text, size_t n, bool plain_specials, uint32_t *ids);
+ptrdiff_t tokenizer_encode(Tokenizer *t, const char *text, size_t n, bool plain_specials, uint32_t *ids);
+
+void tokenizer_close(Tokenizer *t);
 
 // What a token stands for: *n bytes, not ended by NUL, not always whole characters. An id beyond the vocabulary
 // stands for nothing.

@@ -106,7 +106,8 @@ class Model:
         size = config["hidden_size"] // heads
         rotary = int(size * config["rotary_pct"])
         w = lambda name: self.weights[name].double()
-        norm = lambda x, name: F.layer_norm(x, x.shape[1:], w(name + ".weight"), w(name + ".bias"), config["layer_norm_eps"])
+        norm = lambda x, name: F.layer_norm(x, x.shape[1:], w(name + ".weight"), w(name + ".bias"),
+                                            config["layer_norm_eps"])
         linear = lambda x, name: F.linear(x, w(name + ".weight"), w(name + ".bias"))
 
         powers = config["rotary_emb_base"] ** (-torch.arange(0, rotary, 2, dtype=torch.float64) / max(rotary, 1))
@@ -196,8 +197,8 @@ def _():
                     most[end] = [max(m, far(a, b)) for m, (a, b) in zip(most[end], pairs)]
     report("logits have a standard deviation of %.2f", sum(spread) / len(spread))
     for low, end in zip([0] + ends, ends):
-        report("positions %4d to %4d: kl3m from float64 %.2g, kl3m from transformers %.2g, transformers from float64 %.2g",
-               low, end - 1, *most[end])
+        report("positions %4d to %4d: kl3m from float64 %.2g, kl3m from transformers %.2g, "
+               "transformers from float64 %.2g", low, end - 1, *most[end])
     for ours, between, _ in most.values():
         assert ours <= 1e-4 and between <= 5e-4, most
 

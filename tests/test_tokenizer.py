@@ -4,18 +4,24 @@
 import json
 import random
 import re
-import unicodedata
+import string
 
 import models
 import tokenizer_vectors
 from harness import SHARED, Skip, expect, export, run_kl3m, small_model, test, tmpdir
-from tokenizer_tools import (LETTER, NUMBER, OTHER, SPACE, char_class, detokenize, escape, provoking_text, random_bytes,
+from tokenizer_tools import (LETTER, NUMBER, OTHER, SPACE, detokenize, escape, provoking_text, random_bytes,
                              real_setting, small_setting, tokenize)
 
 
 def settings():
     """The small tokenizer, and the real one where it is."""
     return [small_setting()] + ([real_setting()] if SHARED else [])
+
+
+def model_with(tokenizer):
+    directory = tmpdir()
+    models.write_model(directory, tokenizer=tokenizer, vocab_size=1000)
+    return export(directory)
 
 
 def expect_ids(texts, got, want):
@@ -36,23 +42,37 @@ def _():
     expect_ids(texts, tokenize(real_setting().model, texts), [vector["ids"] for vector in vectors])
 
 
-@test("the ids and the texts of the small tokenizer are those of the tokenizers library")
-def _():
-    with open(tokenizer_vectors.REFERENCES, encoding="ascii") as file:
-        made, *records = [json.loads(line) for line in file]
-    expect(made["tokenizer"], tokenizer_vectors.tokenizer_hash(models.small_tokenizer()),
-           "models.py has another small tokenizer than the references: run tests/tokenizer_vectors.py")
+def references(name):
+    with open(tokenizer_vectors.REFERENCES / name, encoding="ascii") as file:
+        return [json.loads(line) for line in file]
+
+
+def compare_with_references(name, tokenizer, model):
+    made, *records = references(name)
+    expect(made["tokenizer"], tokenizer_vectors.tokenizer_hash(tokenizer),
+           "%s was made with another tokenizer: run tests/tokenizer_vectors.py" % name)
     encoded = [record for record in records if "text" in record]
     texts = [record["text"].encode() for record in encoded]
-    expect_ids(texts, tokenize(small_model(), texts), [record["ids"] for record in encoded])
-    expect_ids(texts, tokenize(small_model(), texts, "--no-special"),
+    expect_ids(texts, tokenize(model, texts), [record["ids"] for record in encoded])
+    expect_ids(texts, tokenize(model, texts, "--no-special"),
                [record.get("plain", record["ids"]) for record in encoded])
 
     decoded = [record for record in records if "decoded" in record]
-    out = detokenize(small_model(), [record["ids"] for record in decoded])
+    out = detokenize(model, [record["ids"] for record in decoded])
     for record, line in zip(decoded, out):
         expect(line.decode("utf-8", "replace").encode(), escape(record["decoded"].encode()),
                "text of %r" % record["ids"])
+
+
+@test("the ids and the texts of the small tokenizer are those of the tokenizers library")
+def _():
+    compare_with_references("tokenizer_small.jsonl", models.small_tokenizer(), small_model())
+
+
+@test("so they are where added tokens overlap, special or not, searched for first or later")
+def _():
+    odd = tokenizer_vectors.odd_tokenizer()
+    compare_with_references("tokenizer_odd.jsonl", odd, model_with(odd))
 
 
 @test("the ids of random texts are those of a plain tokenizer, bytes that are not UTF-8 included")
@@ -69,6 +89,16 @@ def _():
                        [setting.naive.encode(text, plain_specials) for text in texts])
 
 
+@test("words that begin alike have their own ids, in whatever order they come")
+def _():
+    setting = small_setting()
+    letters = string.ascii_lowercase
+    texts = [(start + a + b).encode() for start in ("Agreemen", "AgreementAgreem", "AgreementAgreeme")
+             for a in letters for b in ["", *letters]] * 2
+    random.Random(5).shuffle(texts)
+    expect_ids(texts, tokenize(setting.model, texts), [setting.naive.encode(text) for text in texts])
+
+
 @test("every added token is found alone, between letters, doubled and with its end cut off")
 def _():
     for setting in settings():
@@ -79,7 +109,7 @@ def _():
         expect_ids(texts, got, [setting.naive.encode(text) for text in texts])
 
 
-@test("letters, numbers and white space are told apart as Unicode does, for every character Python knows")
+@test("letters, numbers and white space are told apart as in the tokenizers library")
 def _():
     # A tokenizer whose only merges join "!", "a", "1" or a tab with the first byte of a character: the merge happens
     # exactly where the pattern leaves the two in one word, that is, where the character has that class.
@@ -89,26 +119,31 @@ def _():
     merges = [(alphabet[ord(probe)], alphabet[lead]) for probe in probes.values() for lead in range(0xC2, 0xF5)]
     vocab.update({left + right: len(vocab) + i for i, (left, right) in enumerate(merges)})
     tokenizer["model"]["merges"] = ["%s %s" % pair for pair in merges]
-    directory = tmpdir()
-    models.write_model(directory, tokenizer=tokenizer, vocab_size=len(vocab))
+
+    # Both sides of both ends of each range of a class, and every sixteenth character.
+    class_of, codes = {}, set(range(0, 0x110000, 16))
+    for record, kind in zip(references("character_classes.jsonl")[1:], (LETTER, NUMBER, SPACE)):
+        for first, last in record["ranges"]:
+            class_of.update(dict.fromkeys(range(first, last + 1), kind))
+            codes.update((first - 1, first, last, last + 1))
+    codes = [code for code in sorted(codes) if code >= 0x80 and not 0xD800 <= code < 0xE000]
 
     byte_id = [str(vocab[alphabet[byte]]) for byte in range(256)]
     texts, want = [], []
-    for code in range(0x80, 0x110000):
+    for code in codes:
         char = chr(code)
-        if unicodedata.category(char) in ("Cn", "Cs", "Co"):
-            continue  # not assigned in this Python's Unicode; surrogates; private use
         lead, *rest = char.encode()
         ids = []
         for kind, probe in probes.items():
-            if kind == char_class(char):
+            if kind == class_of.get(code, OTHER):
                 ids.append(str(vocab[alphabet[ord(probe)] + alphabet[lead]]))
             else:
                 ids += [byte_id[ord(probe)], byte_id[lead]]
             ids += [byte_id[byte] for byte in rest]
         texts.append("".join(probe + char for probe in probes.values()))
         want.append(" ".join(ids))
-    done = run_kl3m("-m", export(directory), "--tokenize", "-0", input="".join(text + "\0" for text in texts).encode())
+    done = run_kl3m("-m", model_with(tokenizer), "--tokenize", "-0",
+                    input="".join(text + "\0" for text in texts).encode())
     expect(done.code, 0, done.err)
     for text, got, right in zip(texts, done.text.splitlines(), want):
         expect(got, right, "ids of %r" % text)

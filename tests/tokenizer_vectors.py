@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Write references/tokenizer_small.jsonl: texts and their ids under the small tokenizer of models.py, as the
-`tokenizers` library finds them. To be run again when that tokenizer changes:
+"""Write what the `tokenizers` library does to references/: to be run again when one of these tokenizers changes.
 
     pip install -r requirements.txt
     ./tokenizer_vectors.py
 
-The first line says what made it and from which tokenizer. Then {"text", "ids"}, with "plain" (the ids when special
-tokens are read as plain text) where that differs, and {"ids", "decoded"}.
+tokenizer_small.jsonl and tokenizer_odd.jsonl: texts and ids under the small tokenizer of models.py and under the odd
+one below. The first line says what made the file and from which tokenizer; then come {"text", "ids"}, with "plain"
+(the ids when special tokens are read as plain text) where that differs, and {"ids", "decoded"}.
+character_classes.jsonl: for letters, numbers and white space, the ranges of their code points, both ends included.
 """
 import hashlib
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import models
 from tokenizer_tools import provoking_text
 
-REFERENCES = Path(__file__).resolve().parent / "references" / "tokenizer_small.jsonl"
+REFERENCES = Path(__file__).resolve().parent / "references"
 
 TEXTS = [
     "", " ", "\n", "  ", "   ", " \n", "\n ", "\t", "\r\n", "\x0b", "\x1c", "\x85", "a", " a", "a ", "a  b", "a   b",
@@ -29,18 +30,42 @@ TEXTS = [
     "caf\u00e9", "cafe\u0301", "\u4e2d\u6587", "\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
     "\u00b2\u00bd", "\u0663\u0664", "\u2167", "a\u0301\u0301\u0301b", "\u0301", " \u0301", "\u00a0a",
     "\u3000\u3000a", "a\u2028b", "\ufeffa", "\0", "a\0b", "\x7f", "\ufffd", "\U0010ffff", "\U00031350",
-    "\u1c89\ua7cb", "\U00010d40", "\U0001e5f1", *(" " * n for n in range(3, 24)), *("\n" * n for n in range(2, 15)),
-    *("a" * n for n in (5, 50, 500)),
+    "\u1c89\ua7cb", "\U00010d40", "\U0001e5f1", "..", "..\0", "..\0\0", *(" " * n for n in range(3, 24)),
+    *("\n" * n for n in range(2, 15)), *("a" * n for n in (5, 50, 500)),
+    *(("agreement" * 20)[:n] for n in (15, 16, 17, 127, 128, 129)),
 ]
+
+
+# (content, special, normalized): tokens that overlap. Those not normalized are looked for first.
+ODD = [("aXb", True, False), ("X<", True, False), ("Xb", False, False), ("bQ", False, False), ("bQ1", True, False),
+       ("Q1", True, True), ("aQ", True, True), ("1<", False, True), ("QQ1Q", False, True), ("1X", False, True),
+       ("aX", False, True), ("ab", False, True), ("abab", True, True)]
+
+
+def odd_tokenizer():
+    tokenizer = models.small_tokenizer(263)
+    for content, special, normalized in ODD:
+        tokenizer["added_tokens"].append({
+            "id": 256 + len(tokenizer["added_tokens"]), "content": content, "single_word": False, "lstrip": False,
+            "rstrip": False, "normalized": normalized, "special": special})
+    return tokenizer
+
+
+def small_texts(rng):
+    added = [token["content"] for token in models.small_tokenizer()["added_tokens"]]
+    return TEXTS + models.LEGAL_TEXT.splitlines() + [provoking_text(rng, added) for _ in range(150)]
+
+
+def odd_texts(rng):
+    return ["".join(rng.choice("aXbQ1< ") for _ in range(rng.randrange(1, 20))) for _ in range(300)]
 
 
 def tokenizer_hash(tokenizer):
     return hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest()
 
 
-def records(tokenizer, size, added):
-    rng = random.Random(3)
-    for text in TEXTS + models.LEGAL_TEXT.splitlines() + [provoking_text(rng, added) for _ in range(150)]:
+def records(tokenizer, texts, rng):
+    for text in texts:
         record = {"text": text, "ids": tokenizer.encode(text).ids}
         tokenizer.encode_special_tokens = True
         plain = tokenizer.encode(text).ids
@@ -49,21 +74,42 @@ def records(tokenizer, size, added):
             record["plain"] = plain
         yield record
     for _ in range(100):
-        ids = [rng.randrange(size) for _ in range(rng.randrange(1, 30))]
+        ids = [rng.randrange(tokenizer.get_vocab_size()) for _ in range(rng.randrange(1, 30))]
         yield {"ids": ids, "decoded": tokenizer.decode(ids, skip_special_tokens=True)}
+
+
+def classes(cut):
+    """A class is what joins a letter, a digit or a tab in one piece of the text."""
+    for name, probe in ("letter", "a"), ("number", "1"), ("space", "\t"):
+        ranges = []
+        for code in range(0x110000):
+            if 0xD800 <= code < 0xE000 or len(cut(probe + chr(code))) > 1:
+                continue
+            if ranges and ranges[-1][1] == code - 1:
+                ranges[-1][1] = code
+            else:
+                ranges.append([code, code])
+        yield {"class": name, "ranges": ranges}
+
+
+def write(name, *lines):
+    with open(REFERENCES / name, "w", encoding="ascii") as file:
+        for line in lines:
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
 def main():
     import tokenizers  # here, since the tests read this file without having the library
 
-    small = models.small_tokenizer()
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(small))
-    added = [token["content"] for token in small["added_tokens"]]
-    made = {"made_by": "tests/tokenizer_vectors.py with tokenizers %s" % tokenizers.__version__,
-            "tokenizer": tokenizer_hash(small)}
-    with open(REFERENCES, "w", encoding="ascii") as file:
-        for record in [made, *records(tokenizer, tokenizer.get_vocab_size(), added)]:
-            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+    made_by = "tests/tokenizer_vectors.py with tokenizers %s" % tokenizers.__version__
+    rng = random.Random(3)
+    for name, source, texts in (("small", models.small_tokenizer(), small_texts(rng)),
+                                ("odd", odd_tokenizer(), odd_texts(rng))):
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(source))
+        write("tokenizer_%s.jsonl" % name, {"made_by": made_by, "tokenizer": tokenizer_hash(source)},
+              *records(tokenizer, texts, rng))
+    cut = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True).pre_tokenize_str
+    write("character_classes.jsonl", {"made_by": made_by}, *classes(cut))
 
 
 if __name__ == "__main__":

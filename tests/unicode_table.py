@@ -7,7 +7,7 @@ library answers with the tables of Unicode 16.0.0, so they come from the package
     pip install -r requirements.txt
     ./unicode_table.py
 
-With --check, compare every code point with what the `tokenizers` library does instead.
+tests/test_tokenizer.py compares the program's classes with those the library shows.
 """
 import sys
 
@@ -53,33 +53,7 @@ static const uint32_t unicode_runs[] = {""")
     print("};")
 
 
-def check():
-    """Find each code point's class from where the library cuts a few texts around it; print the differences."""
-    import tokenizers
-
-    cut = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True).pre_tokenize_str
-
-    def one_piece(text):
-        return len(cut(text)) == 1
-
-    differences = 0
-    for code in range(0x110000):
-        if 0xD800 <= code < 0xE000:
-            continue  # surrogates are no characters
-        char = chr(code)
-        # A letter joins letters, a number numbers, any other character "!"; white space joins none of them.
-        found = [one_piece("!" + char), one_piece("a" + char), one_piece("1" + char), one_piece("\t" + char)]
-        expected = [char_class(code) == which for which in range(4)]
-        if found != expected:
-            print(f"U+{code:04X}: joins other, letter, number, white space: {found}, expected {expected}")
-            differences += 1
-    print(f"{0x110000 - 0x800} code points, {differences} unlike tokenizers {tokenizers.__version__}")
-    return differences
-
-
 if __name__ == "__main__":
     if unicodedata2.unidata_version != "16.0.0":
         sys.exit(f"unicodedata2 has Unicode {unicodedata2.unidata_version}; install unicodedata2==16.0.0")
-    if sys.argv[1:] == ["--check"]:
-        sys.exit(check() > 0)
     print_table()

@@ -24,10 +24,9 @@ from pathlib import Path
 import tokenizers
 
 import models
-from harness import KL3M, SHARED, Skip, run_tests, test, tmpdir
+from harness import KL3M, SHARED, run_tests, test, tmpdir
 from tokenizer_tools import detokenize, provoking_text, real_setting, small_setting, tokenize
 
-TIMES = 20
 LICENCES = Path("/usr/share/common-licenses")  # English legal text that every Debian system has
 
 
@@ -124,10 +123,10 @@ def _():
 
 # ---- Speed ------------------------------------------------------------------------------------
 
-@test("English lines are tokenized %d times as fast as by the library" % TIMES)
-def _():
+def print_speed():
+    """A measurement, not a test: how fast the machine is just now must not decide."""
     if not LICENCES.is_dir():
-        raise Skip("no English text at hand")
+        return
     lines = [line for line in english_lines() if "\\" not in line]
     random.Random(16).shuffle(lines)
     lines *= 1 + 8000000 // sum(map(len, lines))
@@ -154,9 +153,10 @@ def _():
     mine, other = (statistics.median(pair[i] for pair in pairs) for i in range(2))
     print("     %.1f MB of English lines: --tokenize %.1f MB/s, encode_batch %.2f MB/s, %.1f times"
           % (megabytes, mine, other, mine / other))
-    assert mine >= TIMES * other
 
 
 if __name__ == "__main__":
     print("tokenizers %s with %s tokenizer" % (tokenizers.__version__, "the real" if SHARED else "the small"))
+    if len(sys.argv) == 1:
+        print_speed()
     sys.exit(run_tests(sys.argv[1:]))

@@ -69,8 +69,10 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
-#error "-ffast-math, -Ofast and -ffinite-math-only change results: kl3m must be compiled without them"
+// The Makefile takes back what these macros do not tell (clang's -fassociative-math, say).
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
+#error "-ffast-math, -Ofast and their kin change results: kl3m must be compiled without them"
 #endif
 _Static_assert(FLT_EVAL_METHOD == 0, "kl3m needs float arithmetic in float (on x86-32: -msse2 -mfpmath=sse)");
 _Static_assert(sizeof(float) == 4 && sizeof(void *) == 8, "kl3m needs a 64-bit machine with IEEE floats");
@@ -474,6 +476,7 @@ typedef struct {
                    float *out, long row_stride, long block_stride);
     void (*layer_norm)(int rows, int n, float eps, const float *x, const float *weight, const float *bias, float *y);
     float (*softmax)(int keys, float *scores);
+    bool (*fuses)(void);
 } Kernels;
 
 // Named sums, not an array of them: gcc and clang keep an array of vectors in memory unless every loop over it is
@@ -533,6 +536,14 @@ enum { PREFETCH = 2048 };   // floats ahead of the weights in use: 8 KB (measure
 #define SPLAT(x) (vec){ x, x, x, x }
 #include "kl3m.c"
 #undef KIND
+
+// Denormal numbers as IEEE 754 has them. They are, unless the program was linked with flags that bring start-up code
+// which flushes them to zero (-ffast-math and -funsafe-math-optimizations do). Threads inherit it.
+static void keep_denormals(void) {
+#if defined(__x86_64__)
+    _mm_setcsr(_mm_getcsr() & ~0x8040u);
+#endif
+}
 
 // The kernels of this name, or with NULL the fastest that this CPU runs; NULL if it has none such.
 static const Kernels *choose_kernels(const char *name) {
@@ -752,10 +763,19 @@ static TARGET float NAME(softmax)(int keys, float *scores) {
     return NAME(fold)(sum);
 }
 
+// Has the compiler fused a product and a difference of its own accord, against rule 2? (1 + 2^-12)^2 is 1 + 2^-11 when
+// it is rounded by itself.
+static TARGET bool NAME(fuses)(void) {
+    volatile float factor = 1 + 0x1p-12f;
+    float x = factor;
+    return x * x - (1 + 0x1p-11f) != 0;
+}
+
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 static const Kernels NAME(kernels) = {
     .name = STRING(KIND), .product = NAME(product), .finish = NAME(finish), .layer_norm = NAME(layer_norm), .softmax = NAME(softmax),
+    .fuses = NAME(fuses),
 };
 
 #undef STRING_
@@ -2640,6 +2660,8 @@ static int run_command(const char *program) {
     char *path = find_model(program);
     Model m = model_open(path);
     const Kernels *kernels = find_kernels();
+    keep_denormals();
+    if (kernels->fuses()) die("this program was compiled without -ffp-contract=off, which its results need; build it with make");
     int status;
     if (options.info) status = show_info(&m);
     else if (options.verify) status = verify(&m);

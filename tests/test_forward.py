@@ -281,4 +281,4 @@ def _():
     if os.environ.get("KL3M_TEST_SLOW") != "1":
         raise Skip("takes a minute; KL3M_TEST_SLOW=1 runs it")
     check_builds([c for c in ("gcc", "clang") if shutil.which(c)],
-                 ["-O0", "-O1", "-O2", "-O3", "-O3 -march=native"])
+                 ["-O0", "-O1", "-O2", "-O3", "-O3 -march=native", "-O3 -funsafe-math-optimizations"])

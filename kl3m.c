@@ -1126,26 +1126,24 @@ static void embed_piece(void *arg, int tile, int thread) {
     }
 }
 
-static void norm_piece(void *arg, int tile, int thread) {
-    (void)thread;
-    const Work *w = arg;
+static void norm_tile(const Work *w, int tile, const float *weight, const float *bias, float *out) {
     const Config *c = &w->m->c;
-    const Layer *l = &w->m->layers[w->layer];
     long at = tile_at(tile, padded(c->hidden));
-    int rows = rows_in_tile(w->n, tile);
-    w->kernels->layer_norm(rows, c->hidden, (float)c->eps, w->x + at, l->norm1, l->norm1_bias, w->normed1 + at);
-    if (c->parallel_residual)
-        w->kernels->layer_norm(rows, c->hidden, (float)c->eps, w->x + at, l->norm2, l->norm2_bias, w->normed2 + at);
+    w->kernels->layer_norm(rows_in_tile(w->n, tile), c->hidden, (float)c->eps, w->x + at, weight, bias, out + at);
 }
 
 static void norm2_piece(void *arg, int tile, int thread) {
     (void)thread;
     const Work *w = arg;
-    const Config *c = &w->m->c;
     const Layer *l = &w->m->layers[w->layer];
-    long at = tile_at(tile, padded(c->hidden));
-    w->kernels->layer_norm(rows_in_tile(w->n, tile), c->hidden, (float)c->eps, w->x + at, l->norm2, l->norm2_bias,
-                           w->normed2 + at);
+    norm_tile(w, tile, l->norm2, l->norm2_bias, w->normed2);
+}
+
+static void norms_piece(void *arg, int tile, int thread) {
+    const Work *w = arg;
+    const Layer *l = &w->m->layers[w->layer];
+    norm_tile(w, tile, l->norm1, l->norm1_bias, w->normed1);
+    if (w->m->c.parallel_residual) norm2_piece(arg, tile, thread);
 }
 
 // The rows that want logits, gathered into tiles of their own and normed.
@@ -1345,7 +1343,7 @@ static void forward(Work *w, const Row *rows, int n) {
                          .out = w->x, .outputs = c->hidden, .residual = w->x };
         Linear down = { .in = w->mlp, .inputs = c->intermediate, .weights = l->down, .bias = l->down_bias,
                         .out = w->x, .outputs = c->hidden, .residual = w->x };
-        parallel(tiles, norm_piece, w);
+        parallel(tiles, norms_piece, w);
         linear(w, (Linear[]){ qkv, up }, c->parallel_residual ? 2 : 1, n);
         parallel(tiles * c->kv_heads, store_piece, w);
         parallel(w->n_spans * c->kv_heads, attention_piece, w);
@@ -1682,6 +1680,7 @@ static bool take_request(Scheduler *s, bool *ended) {
         Continuation *c = &r->continuations[i];
         *c = (Continuation){ .request = r, .number = (uint32_t)i, .reason = r->done ? BY_LENGTH : UNDECIDED };
         c->ids = allocate((size_t)r->limit, sizeof *c->ids);
+        append(&c->text, "", 0);               // so that an empty text is a string too
     }
     if (!r->done) s->in_work++;                // its prefill
     return true;

@@ -1,9 +1,13 @@
-# make builds ./kl3m. CC and CFLAGS may be given: what correctness needs (floating-point expressions as they are written,
-# threads) is in NEEDED, which comes after CFLAGS and has the last word.
+# make builds ./kl3m, make demo shows it at work with the small model of tests/tiny, make model gets the real one.
+# CC and CFLAGS may be given: what correctness needs (floating-point expressions as they are written, threads) is in
+# NEEDED, which comes after CFLAGS and has the last word.
 CC = cc
 CFLAGS = -O2
 PYTHON = python3
+PREFIX = /usr/local
 OUT = kl3m
+HUB = alea-institute/kl3m-002-170m
+MODEL = kl3m-002-170m.bin
 
 WARNINGS = -Wall -Wextra -Wshadow -Wconversion
 NEEDED = -std=c11 -ffp-contract=off -fno-unsafe-math-optimizations -fno-associative-math -fno-reciprocal-math \
@@ -12,10 +16,35 @@ NEEDED = -std=c11 -ffp-contract=off -fno-unsafe-math-optimizations -fno-associat
 $(OUT): kl3m.c tokenizer.c tokenizer.h
 	$(CC) $(WARNINGS) $(CFLAGS) $(NEEDED) -o $@ kl3m.c tokenizer.c $(LDFLAGS) -lm
 
+demo: $(OUT) demo.bin
+	./$(OUT) -m demo.bin -p "Governing Law.\n" -t 0.3 -n 32 -s 1
+
+demo.bin: export_weights.py tests/tiny/config.json tests/tiny/tokenizer.json tests/tiny/model.safetensors
+	$(PYTHON) export_weights.py tests/tiny -o $@
+
+# The last step holds the file against the outputs that its makers published.
+model: $(OUT) $(MODEL)
+	$(PYTHON) tests/card.py $(MODEL)
+
+$(MODEL):
+	$(PYTHON) export_weights.py $(HUB) -o $@
+
 test: $(OUT)
 	$(PYTHON) tests/run.py
 
-clean:
-	rm -f $(OUT)
+# The model goes along if it is here.
+install: $(OUT)
+	mkdir -p "$(DESTDIR)$(PREFIX)/bin"
+	cp $(OUT) "$(DESTDIR)$(PREFIX)/bin/kl3m"
+	if [ -f $(MODEL) ]; then mkdir -p "$(DESTDIR)$(PREFIX)/share/kl3m" && \
+		cp $(MODEL) "$(DESTDIR)$(PREFIX)/share/kl3m/"; fi
 
-.PHONY: test clean
+uninstall:
+	rm -f "$(DESTDIR)$(PREFIX)/bin/kl3m" "$(DESTDIR)$(PREFIX)/share/kl3m/$(MODEL)"
+	-rmdir "$(DESTDIR)$(PREFIX)/share/kl3m" 2>/dev/null
+
+# What was downloaded stays: $(MODEL) is removed by hand.
+clean:
+	rm -f $(OUT) demo.bin
+
+.PHONY: demo model test install uninstall clean

@@ -883,13 +883,13 @@ static void parallel(int pieces, Run run, void *arg) {
 }
 
 static void threads_start(int threads) {
-    pool.workers = allocate((size_t)threads, sizeof *pool.workers);
+    pthread_t *workers = pool.workers = allocate((size_t)threads, sizeof *workers);
     sigset_t all, before;                      // signals are the main thread's
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     atomic_store(&pool.ticket, INT_MAX);
     for (pool.threads = 1; pool.threads < threads; pool.threads++) {
-        int error = pthread_create(&pool.workers[pool.threads - 1], NULL, worker, (void *)(intptr_t)pool.threads);
+        int error = pthread_create(&workers[pool.threads - 1], NULL, worker, (void *)(intptr_t)pool.threads);
         if (error) die("cannot start thread %d: %s; a smaller -j needs fewer", pool.threads + 1, strerror(error));
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -1252,36 +1252,38 @@ static void store_piece(void *arg, int piece, int thread) {
     }
 }
 
+// How many positions of page p a row at a position sees: 0 to PAGE.
+static int seen_in_page(int position, int p) {
+    int seen = position + 1 - p * PAGE;
+    return seen < 0 ? 0 : seen < PAGE ? seen : PAGE;
+}
+
 // Piece: a kv head of a span. out = softmax(q k^T / sqrt(head size)) v over positions 0 .. the row's own.
 static void attention_piece(void *arg, int piece, int thread) {
     const Work *w = arg;
     const Config *c = &w->m->c;
     const Kernels *kernels = w->kernels;
     const Span *span = &w->spans[piece / c->kv_heads];
-    int head = piece % c->kv_heads, sharing = c->heads / c->kv_heads, size = c->head_size;
+    int head = piece % c->kv_heads, sharing = c->heads / c->kv_heads, size = c->head_size, slots = span->slots;
     float *query = w->scratch[thread], *out = query + (long)padded(size) * TILE, *scores = out + (long)padded(size) * TILE;
     float scale = 1.0f / sqrtf((float)size);
-    const Row *row[TILE] = {0};
-    int query_head[TILE], row_number[TILE];
-    for (int s = 0; s < span->slots; s++) {
-        row_number[s] = span->first_row + (span->first_slot + s) / sharing;
-        query_head[s] = head * sharing + (span->first_slot + s) % sharing;
-        row[s] = &w->rows[row_number[s]];
-        float *qkv = w->qkv + tile_at(row_number[s] / TILE, padded(c->qkv));
-        for (int i = 0; i < size; i++)
-            *cell(query, s, i) = scale * turned(c, qkv, row_number[s] % TILE, query_head[s] * size, i,
-                                                w->turns + row_number[s] * (c->rotary_dims / 2));
+    int row[TILE], column[TILE], position[TILE];           // of each slot: its row, its query head's first column
+    for (int s = 0; s < slots; s++) {
+        row[s] = span->first_row + (span->first_slot + s) / sharing;
+        column[s] = (head * sharing + (span->first_slot + s) % sharing) * size;
+        position[s] = w->rows[row[s]].position;
+        float *qkv = w->qkv + tile_at(row[s] / TILE, padded(c->qkv));
+        const Turn *turns = w->turns + row[s] * (c->rotary_dims / 2);
+        for (int i = 0; i < size; i++) *cell(query, s, i) = scale * turned(c, qkv, row[s] % TILE, column[s], i, turns);
     }
-    Page **pages = row[0]->sequence->pages;
-    int first = row[0]->position, last = row[span->slots - 1]->position;
-    int last_page = last / PAGE;
-    for (int p = 0; p <= last_page; p++) {
-        const float *keys = kv_head(w, pages[p], head);
-        kernels->product(span->slots, size, query, keys, (long)BLOCK * size,
+    Page **pages = w->rows[span->first_row].sequence->pages;
+    int first = w->rows[span->first_row + span->first_slot / sharing].position;
+    int last_page = w->rows[span->first_row + (span->first_slot + slots - 1) / sharing].position / PAGE;
+    for (int p = 0; p <= last_page; p++)
+        kernels->product(slots, size, query, kv_head(w, pages[p], head), (long)BLOCK * size,
                          kv_head(w, pages[p < last_page ? p + 1 : p], head), scores + (long)p * 2 * BLOCK_FLOATS, false);
-    }
     float sum[TILE];
-    for (int s = 0; s < span->slots; s++) sum[s] = kernels->softmax(row[s]->position + 1, scores + s * BLOCK);
+    for (int s = 0; s < slots; s++) sum[s] = kernels->softmax(position[s] + 1, scores + s * BLOCK);
 
     // Positions that all slots see are summed for all at once; those that only later slots see, slot by slot.
     for (int d = 0; d < padded(size); d += PAIR) {
@@ -1290,25 +1292,21 @@ static void attention_piece(void *arg, int piece, int thread) {
             const float *values = kv_head(w, pages[p], head) + (long)PAGE * (size + d);
             const float *ahead = p < last_page ? kv_head(w, pages[p + 1], head) + (long)PAGE * (size + d) : values;
             const float *weights = scores + (long)p * 2 * BLOCK_FLOATS;
-            int common = first + 1 - p * PAGE < PAGE ? first + 1 - p * PAGE : PAGE;
-            if (common > 0 || p == 0)
-                kernels->product(span->slots, common, weights, values, PAGE * BLOCK, ahead, tile, p > 0);
-            if (common < 0) common = 0;
-            for (int s = 0; s < span->slots; s++) {
-                int seen = row[s]->position + 1 - p * PAGE < PAGE ? row[s]->position + 1 - p * PAGE : PAGE;
-                for (int j = common, n; j < seen; j += n) {
-                    n = BLOCK - j % BLOCK < seen - j ? BLOCK - j % BLOCK : seen - j;
+            int common = seen_in_page(first, p);
+            if (common > 0) kernels->product(slots, common, weights, values, PAGE * BLOCK, ahead, tile, p > 0);
+            for (int s = 0; s < slots; s++)
+                for (int j = common, n; j < seen_in_page(position[s], p); j += n) {
+                    int left = seen_in_page(position[s], p) - j;
+                    n = BLOCK - j % BLOCK < left ? BLOCK - j % BLOCK : left;
                     kernels->product(1, n, weights + j / BLOCK * BLOCK_FLOATS + s * BLOCK + j % BLOCK,
                                      values + j * BLOCK, PAGE * BLOCK, ahead, tile + s * BLOCK, true);
                 }
-            }
         }
     }
-    for (int s = 0; s < span->slots; s++) {
-        float *attended = w->attended + tile_at(row_number[s] / TILE, padded(c->q));
+    for (int s = 0; s < slots; s++) {
+        float *attended = w->attended + tile_at(row[s] / TILE, padded(c->q));
         float share = 1.0f / sum[s];
-        for (int i = 0; i < size; i++)
-            *cell(attended, row_number[s] % TILE, query_head[s] * size + i) = share * *cell(out, s, i);
+        for (int i = 0; i < size; i++) *cell(attended, row[s] % TILE, column[s] + i) = share * *cell(out, s, i);
     }
 }
 
@@ -2596,8 +2594,8 @@ static char *find_model(const char *program) {
     }
     if (!found)
         die("there is no model: no %s in the current directory, in $XDG_DATA_HOME/kl3m (~/.local/share/kl3m), beside "
-            "the program or in ../share/kl3m from there; make one with export_weights.py, or name one with -m FILE or "
-            "$KL3M_MODEL", file);
+            "the program or in ../share/kl3m from there; type `make model` where the program was built, or name one "
+            "with -m FILE or $KL3M_MODEL", file);
     return found;
 }
 

@@ -2210,11 +2210,12 @@ static void append_ids(Bytes *out, const uint32_t *ids, size_t n) {
     out->data = grow(out->data, &out->room, out->size + 11 * n + 1);
     char *at = out->data + out->size;
     for (size_t i = 0; i < n; i++) {
-        char digits[10], *d = digits + sizeof digits;
         uint32_t id = ids[i];
-        do *--d = (char)('0' + id % 10); while (id /= 10);
+        int digits = 1;
         if (i) *at++ = ' ';
-        while (d < digits + sizeof digits) *at++ = *d++;
+        for (uint32_t rest = id; rest >= 10; rest /= 10) digits++;
+        for (int d = digits; d-- > 0; id /= 10) at[d] = (char)('0' + id % 10);
+        at += digits;
     }
     *at++ = '\n';
     out->size = (size_t)(at - out->data);

@@ -24,7 +24,7 @@
 #error "the tables are little-endian and read where they lie: this machine is not"
 #endif
 
-_Static_assert(TOKENIZER_WORDS == 4096, "encode_word takes 12 bits of its hash");
+_Static_assert(TOKENIZER_WORDS == 1 << 13, "encode_word takes 13 bits of its hash");
 
 enum { OTHER, LETTER, NUMBER, SPACE };   // what the pattern tells apart
 enum { SPECIAL = 1 };                    // in flags[]
@@ -355,6 +355,23 @@ static ptrdiff_t merge_any_word(const Tokenizer *t, const char *s, size_t n, uin
     return (ptrdiff_t)count;
 }
 
+// A word of 2 to 16 bytes as two numbers: words of one length have the same numbers only if they are the same. Loads of
+// constant size that overlap take a third of the time of copying n bytes.
+static inline void key_of(const char *s, size_t n, uint64_t key[2]) {
+    uint32_t low, high;
+    if (n >= 8) {
+        memcpy(&key[0], s, 8);
+        memcpy(&key[1], s + n - 8, 8);
+        return;
+    }
+    key[1] = 0;
+    if (n >= 4) {
+        memcpy(&low, s, 4);
+        memcpy(&high, s + n - 4, 4);
+        key[0] = (uint64_t)high << 32 | low;
+    } else key[0] = (uint64_t)(uint8_t)s[0] | (uint64_t)(uint8_t)s[n / 2] << 8 | (uint64_t)(uint8_t)s[n - 1] << 16;
+}
+
 // The same with a memory: a text's words are mostly words that it had before (measured on licence texts: three times as
 // fast). A word has one place in the memory, by a hash of its bytes, and takes it from whatever was there.
 static ptrdiff_t encode_word(Tokenizer *t, const char *s, size_t n, uint32_t *ids) {
@@ -362,19 +379,18 @@ static ptrdiff_t encode_word(Tokenizer *t, const char *s, size_t n, uint32_t *id
         ids[0] = t->byte_token[(uint8_t)s[0]];
         return 1;
     }
-    uint64_t key[2] = { 0, 0 };
-    if (n > sizeof key || t->words == NULL) return merge_any_word(t, s, n, ids);
-    memcpy(key, s, n);
+    if (n > 16 || t->words == NULL) return merge_any_word(t, s, n, ids);
+    uint64_t key[2];
+    key_of(s, n, key);
     uint64_t hash = (key[0] ^ (key[1] << 1 | key[1] >> 63)) * 0x9E3779B97F4A7C15u;
-    TokenizerWord *word = &t->words[hash >> 52];
-    if (word->length == n && memcmp(word->key, key, sizeof key) == 0) {
+    TokenizerWord *word = &t->words[hash >> 51];
+    if (word->length == n && word->key[0] == key[0] && word->key[1] == key[1]) {
         for (int i = 0; i < word->count; i++) ids[i] = word->ids[i];
         return word->count;
     }
     ptrdiff_t count = merge_any_word(t, s, n, ids);
     if (count > 0 && (size_t)count <= sizeof word->ids / sizeof *ids) {
-        *word = (TokenizerWord){ .length = (uint8_t)n, .count = (uint8_t)count };
-        memcpy(word->key, key, sizeof key);
+        *word = (TokenizerWord){ .key = { key[0], key[1] }, .length = (uint8_t)n, .count = (uint8_t)count };
         memcpy(word->ids, ids, (size_t)count * sizeof *ids);
     }
     return count;

@@ -24,7 +24,7 @@
 typedef struct { uint32_t a, b, x, y; } TokenizerSlot;   // a hash table's slot: key (a, b), value (x, y)
 
 typedef struct {                   // a word met before, and its ids
-    char key[16];
+    uint64_t key[2];
     uint32_t ids[11];
     uint8_t length, count;         // length 0: none yet
 } TokenizerWord;
@@ -46,7 +46,7 @@ typedef struct {
 } Tokenizer;
 
 #define TOKENIZER_NONE UINT32_MAX
-enum { TOKENIZER_WORDS = 4096 };
+enum { TOKENIZER_WORDS = 8192 };
 
 // Checks every index in the tables, so that whatever they hold, nothing later reads outside them. The tables must
 // outlive the Tokenizer and begin at a multiple of 4 bytes. Returns NULL, or what is wrong with them.

@@ -10,8 +10,7 @@ The notation of the templates:
                  from then on, so that the parties, the state and the style stay what they are
   {x=name}       expands the rule and remembers the text as {x} until the section ends
   {^name}        with a capital first letter
-  {P is are}     the first form if party P is one person, else the second
-  {P's}          the possessive
+  {p is are}     the first form if party p is one person, else the second
 A name of the class's methods (do_name) takes precedence over a rule.
 """
 import functools
@@ -41,13 +40,14 @@ def in_words(n):
 
 # ---- Parties ----------------------------------------------------------------------------------
 
-# What the document calls itself, and who its parties are. A name in -s is more than one person.
+# What the document calls itself, and who its parties are: the one who sells, works or lends, and the
+# one who pays. A name in -s is more than one person.
 ROLES = {
-    "Agreement": ["3:Seller/Buyer", "3:Licensor/Licensee", "3:Company/Consultant", "2:Lender/Borrower",
-                  "2:Supplier/Distributor", "2:Customer/Provider", "2:Company/Executive",
-                  "2:Sellers/Purchaser", "Franchisor/Franchisee", "Client/Contractor",
-                  "2:Company/Investors", "Lender/Borrowers", "Owner/Manager", "Assignor/Assignees"],
-    "Contract": ["3:Owner/Contractor", "2:Supplier/Customer", "Client/Consultants", "Vendor/Purchasers",
+    "Agreement": ["3:Seller/Buyer", "3:Licensor/Licensee", "3:Consultant/Company", "2:Lender/Borrower",
+                  "2:Supplier/Distributor", "2:Provider/Customer", "2:Executive/Company",
+                  "2:Sellers/Purchaser", "Franchisor/Franchisee", "Contractor/Client",
+                  "2:Company/Investors", "Lender/Borrowers", "Manager/Owner", "Assignor/Assignees"],
+    "Contract": ["3:Contractor/Owner", "2:Supplier/Customer", "Consultants/Client", "Vendor/Purchasers",
                  "Seller/Buyer"],
     "Lease": ["3:Landlord/Tenant", "Lessor/Lessee", "Landlord/Tenants"],
     "License": ["3:Licensor/Licensee", "Licensor/Licensees"],
@@ -69,7 +69,7 @@ AGENCIES = {
         "2:food additives", "dietary supplements", "infant formulas"],
         "Federal Food, Drug, and Cosmetic Act"),
     "Environmental Protection Agency": ("EPA", 40, ["3:pesticides", "2:hazardous wastes",
-        "emissions of air pollutants", "public water systems"], "[Clean Air Act|Clean Water Act]"),
+        "emissions of air pollutants", "public water systems"], "Clean Air Act"),
     "Federal Aviation Administration": ("FAA", 14, ["2:civil aircraft", "2:commercial pilots",
         "repair stations", "unmanned aircraft"], "Federal Aviation Act"),
     "Securities and Exchange Commission": ("SEC", 17, ["2:investment advisers", "2:public offerings",
@@ -81,6 +81,10 @@ AGENCIES = {
     "Federal Motor Carrier Safety Administration": ("FMCSA", 49, ["2:motor carriers",
         "commercial drivers"], "Motor Carrier Safety Act of 1984"),
 }
+
+LAWS = {"pesticides": "Federal Insecticide, Fungicide, and Rodenticide Act", "public water systems": "Safe Drinking Water Act",
+        "hazardous wastes": "Resource Conservation and Recovery Act"}
+GOODS = ("medical devices", "prescription drugs", "food additives", "dietary supplements", "infant formulas", "pesticides")
 
 # A statute's subject: title of the act, defined terms with their meanings, who is regulated.
 SUBJECTS = {
@@ -134,27 +138,23 @@ RULES = {
 
     # Small phrases
     "law": ["applicable law", "law"],
+    "wn": ["2:prior written", "2:written"],
     "prior": ["prior written", "written", "express written"],
     "material": ["a material breach", "a breach", "any material breach"],
-    "costs": ["costs and expenses", "expenses", "reasonable expenses", "losses"],
     "claims": ["[3:any and all|all|any] [2:claims|losses|liabilities], [damages|losses|liabilities][, costs|] and expenses",
                "any [loss, liability or damage|claim or demand]", "all claims, demands and actions"],
     "counsel": ["2:reasonable attorneys' fees", "the fees of counsel", "court costs"],
     "except": ["except as [otherwise |][required by {law}|set forth in {ref}|provided in {ref}|expressly permitted by {agr}]"],
-    "subject": ["Subject to {ref}, ", "Except as provided in {ref}, ", "Notwithstanding {ref}, ",
+    "subject": ["Subject to {ref}, ", "Except as provided in {ref}, ", "Notwithstanding any other provision of {agr}, ",
                 "Unless the parties [otherwise agree|agree otherwise] in writing, "],
-    "opening": ["4:", "{subject}", "During the term of {agr}, ", "To the [fullest|maximum] extent permitted by {law}, "],
+    "op_p": ["6:{^p}", "2:{subject}{p}", "During the term of {agr}, {p}", "To the [fullest|maximum] extent permitted by {law}, {p}"],
     "breach": ["fails to perform [any of its obligations|any obligation] under {agr}",
                "commits {material} of {agr}", "is in [default|breach] of {agr}"],
     "third": ["any third party", "any other person", "any person or entity"],
-    "officers": ["its [officers, directors|officers|directors], [employees|agents] and [representatives|affiliates]",
-                 "its affiliates and their [employees|agents|successors]"],
-    "event": ["any [act or omission|negligence or misconduct|negligent act] of {q}", "{q_breach}",
-              "the use of the [Products|Services|Premises|Property] by {q}"],
-    "q_breach": ["any breach [by {q} of {agr}|of {agr} by {q}]"],
-    "rate": ["{percent} per [annum|year]", "the rate of {percent} per annum"],
-    "survive": ["[The provisions of t|T]his [2:Section|clause|provision] {mod} survive [2:the [termination|expiration] of {agr}|termination].",
-                "The obligations [set forth |]in this Section {mod} survive for {years} after [the termination of |the expiration of |]{agr}."],
+    "officers": ["{q its their} [officers, directors|officers|directors], [employees|agents] and [representatives|affiliates]",
+                 "{q its their} affiliates and their [employees|agents|successors]"],
+    "survive": ["[2:This Section|This provision|The provisions of this Section] {mod} survive [2:the [termination|expiration] of {agr}|termination].",
+                "The obligations [set forth |]in this Section {mod} survive for {years} after [3:the termination|the expiration] of {agr}."],
     "writing": ["in writing", "in writing and signed by both parties", "by a written instrument signed by [the parties|both parties]"],
 
     # Governing law
@@ -165,21 +165,21 @@ RULES = {
         "2:The laws of the State of {STATE} {mod} govern [2:{agr}|the validity and [interpretation|performance] of {agr}][| and any dispute arising [under|out of] it].",
         "{^agr} and the rights and obligations of the parties {mod} be governed by the laws of the State of {STATE}."],
     "gl2": [
-        "2:[Each party|{^P}] [irrevocably |hereby |]submits to the [3:exclusive |non-exclusive |]jurisdiction of the [state and federal |state |federal |]courts located in {COUNTY} County, {STATE}.",
+        "2:[Each party|{^p}] [irrevocably |hereby |]submits to the [3:exclusive |non-exclusive |]jurisdiction of the [state and federal |state |federal |]courts located in {COUNTY} County, {STATE}.",
         "Any [2:dispute|action|dispute or claim|legal proceeding] arising [under|out of|out of or relating to] {agr} {mod} be [brought|resolved|commenced] [only |exclusively |]in the [state and federal |state |]courts [of|located in] {CITY}, {STATE}."],
     "gl3": [
         "Each party [hereby |]waives [2:any right to a trial by jury|any objection to venue|its right to a jury trial][ in any such action|].",
-        "The prevailing party {mod} be entitled to recover [its |]{counsel}[ from the other party|].",
+        "The prevailing party {mod} be entitled to recover {counsel}[ from the other party|].",
         "The parties agree that {CITY}, {STATE} is a [proper|convenient] [venue|forum]."],
 
     # Confidentiality
     "Confidentiality": ["2:{cf_def} {cf_duty}[ {cf_exc}|]{cf_end}", "2:{cf_duty} {cf_def}[| {cf_exc}]{cf_end}",
                         "{cf_duty2}{cf_end}", "{cf_def} {cf_duty}{cf_list}"],
     "cf_end": ["", " {cf_return}", " {survive}"],
-    "cf_def": ["\"Confidential Information\" [2:means|includes] [all|any] [2:information|non-public information|technical and business information] [disclosed|furnished|made available] by [2:{p}|one party] [to {q}|in connection with {agr}|under {agr}][3:|, whether [orally or in writing|in oral or written form]|, in any form]."],
+    "cf_def": ["\"Confidential Information\" [2:means|includes] [all|any] [2:information|non-public information|technical and business information] [disclosed|furnished|made available] by {p} [to {q}|in connection with {agr}|under {agr}][3:|, whether [orally or in writing|in oral or written form]|, in any form]."],
     "cf_duty": ["3:{^q} {mod} [hold|keep|maintain] [the|all] Confidential Information in [strict |]confidence and {mod} not disclose [it|the Confidential Information] to {third} without the {prior} consent of {p}.",
                 "2:{^q} {q agrees agree} not to [use|disclose or use] the Confidential Information [for any purpose other than|except for] the [performance|purposes] of {agr}.",
-                "{^q} {mod} protect the Confidential Information [of {p} |]with [2:the same degree of care|at least reasonable care|no less than reasonable care][ that {q uses use} for {q its their} own information|]."],
+                "{^q} {mod} protect the Confidential Information [of {p} |]with [2:the same degree of care|at least reasonable care|no less than reasonable care][ that {q} {q uses use} for {q its their} own information|]."],
     "cf_duty2": ["Each party {mod} [2:keep|hold] the terms of {agr} [2:confidential|in confidence] and {mod} not disclose them to {third}, {except}.",
                  "Neither party {mod} disclose the Confidential Information of the other party[, {except}|]."],
     "cf_exc": ["Confidential Information does not include [any |]information that {list:cf_item}",
@@ -196,10 +196,10 @@ RULES = {
 
     # Indemnification
     "Indemnification": ["3:{in1}[| {in2}| {in3}| {in2} {in3}]", "{in4}[| {in2}]"],
-    "in1": ["3:{opening^}{p} {mod} [indemnify and hold harmless|indemnify, defend and hold harmless|defend and indemnify] {q}[ and {officers}|] from and against {claims}[| (including {counsel})] arising [out of|from|out of or relating to] [2:any breach [by {p} of {agr}|of {agr} by {p}]|any [act or omission|negligence|willful misconduct] of {p}].",
+    "in1": ["3:{op_p} {mod} [indemnify and hold harmless|indemnify, defend and hold harmless|defend and indemnify] {q}[ and {officers}|] from and against {claims}[| (including {counsel})] arising [out of|from|out of or relating to] [2:any breach [by {p} of {agr}|of {agr} by {p}]|any [act or omission|negligence|willful misconduct] of {p}].",
             "{^p} {p agrees agree} to indemnify {q} against {claims} [incurred|suffered] by {q} [as a result of|arising from|in connection with] [any breach of {agr} by {p}|the negligence of {p}|any [claim|action] brought by a third party]."],
-    "in2": ["{^q} {mod} [promptly |]notify {p} [in writing |]of any claim[ for which {q seeks seek} indemnification| under this Section].",
-            "{^q} {mod} give {p} [prompt |][written |]notice of any claim within {days} days after [receipt of the claim|{q becomes become} aware of the claim]."],
+    "in2": ["{^q} {mod} [promptly |]notify {p} [in writing |]of any claim[ for which {q} {q seeks seek} indemnification| under this Section].",
+            "{^q} {mod} give {p} [prompt |][written |]notice of any claim within {days} days after [receipt of the claim|{q} {q becomes become} aware of the claim]."],
     "in3": ["{^p} {mod} [have [sole |]control of|control] the defense [and settlement |]of [any such|the] claim, and {q} {mod} cooperate [fully |][with {p}|in the defense].",
             "{^p} {mod} not settle any [such |]claim without the {prior} consent of {q}.", "{survive}"],
     "in4": ["Each party (the \"Indemnifying Party\") {mod} indemnify the other party (the \"Indemnified Party\") against {claims} arising [out of|from] [any breach of {agr} by|the negligence of] the Indemnifying Party. The Indemnified Party {mod} [promptly notify|give prompt notice to] the Indemnifying Party of any [such |]claim."],
@@ -210,8 +210,8 @@ RULES = {
     "Term": ["{tt1}[| {tt5}]"],
     "tt1": ["The [initial |]term of {agr} {mod} [begin|commence] on [2:the Effective Date|{date}] and [{mod} |]continue for [a period of |]{t=years}[2:|, unless [sooner|earlier] terminated as provided [herein|in {ref}]].",
             "{^agr} {mod} [become effective|take effect] on [2:{date}|the Effective Date] and {mod} remain in [force|effect|full force and effect] for [a term of |]{t=years}."],
-    "tt2": ["2:Either party may terminate {agr} [at any time |for any reason |]upon {d=days} days' [3:{prior} |]notice to the other party.",
-            "{^p} may terminate {agr} [at any time |]by giving {q} [at least |not less than |]{d=days} days' {prior} notice."],
+    "tt2": ["2:Either party may terminate {agr} [at any time |for any reason |]upon {d=days} days' [3:{wn} |]notice to the other party.",
+            "{^p} may terminate {agr} [at any time |]by giving {q} [at least |not less than |]{d=days} days' {wn} notice."],
     "tt3": ["2:{^p} may terminate {agr} [immediately |][upon written notice |]if {q} {q commits commit} {material} of {agr} and {q does do} not cure [it|the breach|such breach] within {c=days} days after [receipt of |][written |]notice[ from {p}|].",
             "If [either|a] party {breach} and [the|such] [default|breach|failure] is not [cured|remedied] within {c=days} days after [written |]notice, the other party may terminate {agr}.",
             "Either party may terminate {agr} if the other party [becomes insolvent|files a petition in bankruptcy|makes an assignment for the benefit of creditors]."],
@@ -234,7 +234,7 @@ RULES = {
     "as2": ["Any [attempted |purported ]assignment in violation of this [2:Section|provision] {mod} be [2:void|null and void|of no effect]."],
     "as3": ["{^agr} {mod} be binding [upon|on] and {mod} inure to the benefit of the parties and their [respective |permitted |][successors and assigns|heirs, successors and assigns]."],
     "as4": ["{^q} may assign {agr} [2:to [any affiliate|an affiliate|a successor]|in connection with [a merger|the sale of {q its their} business]] without the consent of {p}[|, {if_notice}]."],
-    "if_notice": ["provided that {q gives give} {p} {days} days' {prior} notice", "if {q gives give} {p} {prior} notice"],
+    "if_notice": ["provided that {q} {q gives give} {p} {days} days' {wn} notice", "if {q} {q gives give} {p} {wn} notice"],
 
     # Severability, waiver, entire agreement, amendment
     "Severability": ["3:{se1}[| {se2}]"],
@@ -268,7 +268,7 @@ RULES = {
             "{^p} {mod} invoice {q} [monthly|quarterly|on the last day of each month], and {q} {mod} pay each invoice within {d=days} days after [receipt|the date of the invoice].",
             "In consideration of the [Services|Products|rights granted under {agr}], {q} {mod} pay [to |]{p} {x=money}[|, [payable in {n=few} equal installments|in {n=few} equal installments]]."],
     "pa2": ["[Any amount|Amounts] not paid when due {mod} bear interest at [2:the rate of {percent} per [annum|year|month]|the lesser of {percent} per month and the maximum rate permitted by {law}].",
-            "If {q fails fail} to pay any amount [when due|when it is due|within such period], {p} may [suspend performance|charge a late fee of {money}|terminate {agr}]."],
+            "If {q} {q fails fail} to pay any amount [when due|when it is due|within such period], {p} may [suspend performance|charge a late fee of {money}|terminate {agr}]."],
     "pa3": ["All [payments|amounts due] under {agr} {mod} be made in [United States dollars|immediately available funds][ without [set-off|deduction]|].",
             "{^q} {mod} [be responsible for|pay] all [applicable |]taxes[, other than taxes on the income of {p}| arising from {agr}|]."],
     "pa4": ["{^p} {mod} keep [complete and accurate|accurate] [books and |]records, and {q} may [inspect|audit] [them|such records] upon {days} days' notice."],
@@ -277,21 +277,25 @@ RULES = {
     "Warranties": ["2:{wr1}[| {wr2}| {wr3}| {wr2} {wr3}]", "{wr_list}[| {wr3}]"],
     "Representations and Warranties": ["2:{wr_list}[| {wr3}]", "{wr1}[| {wr2}]"],
     "wr1": ["{^p} [2:{p represents represent} and {p warrants warrant}|{p warrants warrant}] [to {q} |]that the [2:Products|Services|Goods] {mod} [conform to the specifications|be free from defects in [material|materials] and workmanship|be performed in a [professional|workmanlike] manner][| for a period of {months} [after|from] [delivery|the date of delivery]]."],
-    "wr_list": ["[{^p} {p represents represent} and {p warrants warrant} to {q}|Each party represents and warrants to the other party] that {list:wr_item}"],
+    "wr_list": ["{^p} {p represents represent} and {p warrants warrant} to {q} that {list:wr_item_p}", "Each party represents and warrants [2:to the other party |]that {list:wr_item}"],
     "wr_item": ["it has [the |][full |][right, power and authority|power and authority|authority] to enter into {agr}",
                 "{agr} is a [legal, valid and binding|valid and binding] obligation[, enforceable in accordance with its terms|]",
                 "no consent of {third} is required", "there is no [action|claim|proceeding] pending [or threatened |]against it",
                 "it is [duly organized and |][validly existing|in good standing] under the laws of the State of {STATE}"],
+    "wr_item_p": ["{p it they} {p has have} [the |][full |][right, power and authority|power and authority|authority] to enter into {agr}",
+                "{agr} is a [legal, valid and binding|valid and binding] obligation[, enforceable in accordance with its terms|]",
+                "no consent of {third} is required", "there is no [action|claim|proceeding] pending [or threatened |]against {p it them}",
+                "{p it they} {p is are} [duly organized and |][validly existing|in good standing] under the laws of the State of {STATE}"],
     "wr2": ["The sole remedy of {q} for [breach of this warranty|any breach of this Section] {mod} be [the repair or replacement of the [defective |]Products|a refund of the amounts paid]."],
     "wr3": ["EXCEPT AS [EXPRESSLY |]SET FORTH IN THIS [SECTION|{UPPER}], {p_upper} {p MAKES MAKE} NO [OTHER |]WARRANTIES[, EXPRESS OR IMPLIED|, INCLUDING ANY WARRANTY OF MERCHANTABILITY| OF ANY KIND]."],
 
     # Limitation of liability
     "Limitation of Liability": ["2:{ll1}[| {ll2}]", "{ll2}[| {ll3}]", "{ll1} {ll3}"],
-    "ll1": ["IN NO EVENT {MODAL_UPPER} [2:EITHER PARTY|{p_upper}] BE LIABLE [TO {q_upper} |]FOR ANY [INDIRECT, |]INCIDENTAL[, SPECIAL|] OR CONSEQUENTIAL DAMAGES[, INCLUDING [LOST PROFITS|LOSS OF PROFITS]|][ ARISING OUT OF THIS {UPPER}|].",
-            "Neither party {mod} be liable [to the other |]for any [indirect, |]incidental[, special|] or consequential damages[, including lost profits|][| arising out of {agr}][|, even if [it has been |]advised of the possibility of such damages]."],
+    "ll1": ["IN NO EVENT {MODAL_UPPER} [2:EITHER PARTY|{p_upper}|{p_upper}] BE LIABLE[| TO THE OTHER PARTY] FOR ANY [INDIRECT, |]INCIDENTAL[, SPECIAL|] OR CONSEQUENTIAL DAMAGES[ ARISING OUT OF THIS {UPPER}|][, INCLUDING [LOST PROFITS|LOSS OF PROFITS]|].",
+            "Neither party {mod} be liable [to the other |]for any [indirect, |]incidental[, special|] or consequential damages[| arising out of {agr}][, including lost profits|][|, even if [it has been |]advised of the possibility of such damages]."],
     "ll2": ["The [total |aggregate |]liability of {p} under {agr} {mod} not exceed [2:{money}|the [total |]amounts paid [by {q} |][under {agr}|during the preceding {months}]]."],
-    "ll3": ["The limitations [set forth |]in this Section {mod} not apply to [2:any breach of {ref}|[fraud|gross negligence] or willful misconduct|the obligations of {p} under {ref}].",
-            "[Nothing in {agr}|This Section] {mod} [not |]limit the liability of {p} for [fraud|personal injury|death or personal injury]."],
+    "ll3": ["The limitations [set forth |]in this Section {mod} not apply to [2:any breach of confidentiality|[fraud|gross negligence] or willful misconduct|the obligations of {p} to indemnify {q}].",
+            "Nothing in {agr} {mod} limit the liability of {p} for [fraud|personal injury|death or personal injury]."],
 
     # Definitions
     "Definitions": ["As used in {agr}, the following terms {mod} have the following meanings:{deflist:def_item}",
@@ -307,7 +311,7 @@ RULES = {
         "\"Losses\" means {claims}",
         "\"Person\" means [any individual, corporation or partnership|an individual or a legal entity]",
         "\"Intellectual Property\" means all [patents, trademarks and copyrights|patents, copyrights and trade secrets]",
-        "\"Term\" means the period [beginning|commencing] on the Effective Date and ending on {date}",
+        "\"Term\" means the period [beginning|commencing] on the Effective Date and ending on {later}",
         "\"Confidential Information\" means all non-public information [disclosed by either party|of {p}]"],
 
     # Insurance, independent contractor, dispute resolution, counterparts, property
@@ -316,9 +320,9 @@ RULES = {
             "Each policy {mod} [name {p} as an additional insured|provide for {days} days' notice of cancellation]."],
     "Relationship of the Parties": ["2:{ic1}[| {ic2}]"],
     "Independent Contractor": ["{ic1} {ic2}"],
-    "ic1": ["[The parties are|{^q} {q is are}] [2:independent [contractors|contractors and not partners]|not the agent of {p}], and nothing in {agr} {mod} [create|be deemed to create|be construed as creating] [a partnership|a joint venture|an employment relationship|a partnership or joint venture][ between the parties|].",
+    "ic1": ["[2:The parties are independent contractors[| and not partners]|{^q} {q is are} not the agent of {p}], and nothing in {agr} {mod} [create|be deemed to create|be construed as creating] [a partnership|a joint venture|an employment relationship|a partnership or joint venture][ between the parties|].",
             "Nothing in {agr} {mod} [create|be construed to create] [a partnership|a joint venture|an agency relationship] between {p} and {q}."],
-    "ic2": ["[Neither party|{^q}] {mod} [not |]have [any |]authority to bind [the other|{p}] [in any manner|without {prior} consent]."],
+    "ic2": ["[2:Neither party {mod} have [any |]authority to bind the other|{^q} {q does do} not have [any |]authority to bind {p}] [in any manner|without {prior} consent]."],
     "Dispute Resolution": ["{dr1} {dr2}[| {dr3}]", "{dr2}[| {dr3}]"],
     "Arbitration": ["{dr2}[| {dr3}| {gl3}]"],
     "dr1": ["The parties {mod} [2:attempt|use good faith efforts] to resolve any dispute [arising under {agr} |][2:by negotiation|through mediation|by good faith negotiation][| within {days} days]."],
@@ -328,7 +332,7 @@ RULES = {
     "Counterparts": ["{^agr} may be [executed|signed] in [2:any number of|two or more|several] counterparts, each of which {mod} be [2:deemed |]an original[2: and all of which [together |]{mod} constitute one [and the same |]instrument|].[| {ct2}]"],
     "ct2": ["[Signatures|Copies] [delivered|sent] by [electronic mail|facsimile] {mod} be [2:deemed |]{as_originals}."],
     "as_originals": ["[binding|effective|valid] as originals", "originals"],
-    "License Grant": ["[Subject to [the terms of {agr}|{ref}], |]{^p} [hereby |]{p grants grant} [to |]{q} a [2:non-exclusive|limited, non-exclusive|exclusive], [non-transferable|revocable|royalty-free] [right and |]license to use the [2:Software|Licensed Marks|Intellectual Property][| [in the State of {STATE}|during the term of {agr}|for {q its their} internal business purposes]].[| {lg2}]"],
+    "License Grant": ["[Subject to [the terms of {agr}|{ref}], {p}|2:{^p}] [hereby |]{p grants grant} [to |]{q} [2:a non-exclusive|a limited, non-exclusive|an exclusive], [non-transferable|revocable|royalty-free] [right and |]license to use the [2:Software|Licensed Marks|Intellectual Property][| [in the State of {STATE}|during the term of {agr}|for {q its their} internal business purposes]].[| {lg2}]"],
     "lg2": ["{^q} {mod} not [2:copy, modify or distribute|sublicense|sell or transfer] the [Software|Intellectual Property][| without the {prior} consent of {p}].",
             "[All rights not [expressly |]granted|Title to the Intellectual Property] {mod} remain with {p}."],
 
@@ -336,8 +340,8 @@ RULES = {
     "preamble": [
         "2:This {AGR} [(this \"{AGR}\") |]is [2:made|entered into|made and entered into] [as of|on] {date}[2: (the \"Effective Date\")|][, by and between| by and between|, between| between] {party_a} (the \"{A}\") and {party_b} ({b_the}\"{B}\").",
         "This {AGR}, dated [as of |]{date}[ (the \"Effective Date\")|], is [by and between|between] {party_a} (the \"{A}\") and {party_b} ({b_the}\"{B}\").",
-        "This {AGR} sets forth the terms [on|under] which {A.} {MODAL} [2:provide the [Services|Products]|deliver the Goods|make available the [Property|Services]] to {B.}."],
-    "recitals": ["WHEREAS, {A.} {A wishes wish} to [engage|contract with|do business with] {B.}; and\nWHEREAS, {B.} {B is are} [willing|prepared] to [accept the terms of {agr}|perform {B its their} obligations under {agr}];\n[NOW, THEREFORE, the|The] parties agree as follows:",
+        "This {AGR} sets forth the [2:terms of the relationship|agreement|rights and obligations] of {A.} and {B.}."],
+    "recitals": ["WHEREAS, {A.} {A wishes wish} to [engage|contract with|do business with] {B.}; and\nWHEREAS, {B.} {B is are} [willing|prepared] to [accept the terms of {agr}|perform {B its their} obligations under {agr}];\nNOW, THEREFORE, the parties agree as follows:",
                  "3:The parties [hereby |]agree as follows:", "In consideration of the mutual [promises|covenants] [contained herein|in {agr}], the parties agree as follows:"],
     "company": ["{cname1} {cname2} [2:Inc.|LLC|Corp.|Company|L.P.]"],
     "cname1": ["2:Northern", "Summit", "Pacific", "Atlantic", "Granite", "Harbor", "Cedar", "Liberty", "Pioneer", "Evergreen",
@@ -350,7 +354,7 @@ RULES = {
                 "{mod} be [fined|punished by a fine of] not [more than|less than {money} nor more than] {bigmoney}"],
     "exempt": ["an agency of the [State|United States|federal government]", "a [bank|credit union|nonprofit organization] [organized|chartered] under the laws of [this State|the United States]",
                "a person who [acts|relied] in good faith", "any person with fewer than {few} employees"],
-    "duty": ["[obtain a [license|permit]|file a report|register] with the [department|commissioner|board][| at least {days} days before [beginning business|any change]]",
+    "duty": ["[obtain a [license|permit] from|file a report with|register with] the [department|commissioner|board][| at least {days} days before [beginning business|any change]]",
              "[keep|maintain] [complete and accurate|accurate] records for [not less than |at least ]{years}",
              "[give|provide] written notice to [each affected person|the department|the public] within {days} days",
              "pay [to the department |]an annual fee of {money}", "[post a bond|deposit security] in the amount of {money}"],
@@ -370,14 +374,22 @@ RULES = {
     "because": ["This [action|rule|proposal] is [necessary|needed|intended] to [2:protect [the public health|consumers|public safety|the environment]|reduce [costs|the burden on small entities|delays]|improve [safety|compliance|reporting]|implement the {LAW}]."],
     "estimate": ["{ACR} estimates that [the [rule|proposed rule]|this action] would [cost|save] [affected parties|small entities|the industry] [about|approximately] {bigmoney} [per|each] year."],
     "small": ["{ACR} [certifies|has determined] that this [rule|action] [would|will] not have a significant economic impact on a substantial number of small entities."],
-    "under": ["2:Under this [4:proposed rule|section|part|final rule], [2:{the_agency}|each {person}|any {person}] must {must}[2:|, unless {unless}].",
-              "Under this [3:proposed rule|part|section], {things} [must|would have to] [meet the requirements of {cfr}|be inspected every {months}|be labeled in accordance with {cfr}].",
+    "under": ["3:Under this [4:proposed rule|section|part|final rule], [2:the [3:agency|Agency] must {agency_must}|[each|any] {person} must {must}][2:|, unless {unless}].",
+              "Under this [3:proposed rule|part|section], {things} [must|would have to] {things_must}.",
               "Under {cfr}, [each|any] {person} must {must}."],
-    "the_agency": ["the [agency|Agency]"],
-    "person": ["2:person", "2:manufacturer", "importer", "applicant", "licensee", "operator", "owner or operator"],
+    "agency_must": ["[2:determine|assess|consider] the [effect|impact|effects] of {its_rule} on [2:State, local, and Tribal governments|small entities|the public|the environment]",
+                    "[publish|issue] [2:a notice|its findings] in the Federal Register [within {days} days|not later than {date}|before any final action]",
+                    "[review|act on|approve or deny] [each|an] application within {days} days [after|of] receipt",
+                    "[consult with|provide notice to] [State and local governments|affected parties|the public] [on|about] {its_rule}",
+                    "[prepare|complete] [an environmental assessment|an analysis of costs and benefits|a regulatory impact analysis][| within {months}]"],
+    "its_rule": ["2:the rule", "this action", "{things}"],
+    "things_must": ["[2:meet the requirements of|comply with] {cfr}", "be [inspected|reviewed] every {months}", "be [identified|reported|recorded] in accordance with {cfr}"],
+    "person_goods": ["2:person", "3:manufacturer", "importer", "2:distributor", "applicant"],
+    "person_else": ["2:person", "applicant", "licensee", "2:operator", "owner or operator"],
     "unless": ["{ACR} [grants a waiver|determines otherwise|approves an extension]", "the {person2} is a small entity"],
     "person2": ["2:person", "owner", "applicant"],
-    "shallnot": ["No {person} may [sell|distribute|offer for sale|import] {things} that [do not comply|are not in compliance] with {cfr}."],
+    "no_goods": ["No {person} may [2:sell|distribute|offer for sale|import] {things} that [2:do not comply|are not in compliance] with {cfr}."],
+    "no_else": ["No {person} may [2:operate|engage in business] [2:in violation of {cfr}|without a [permit|license][ issued by {ACR}|]]."],
     "regulated": [
         "3:{^things} are regulated by the {AGENCY} ({ACR}) under [2:{cfr}|the {LAW}][2:|, as amended][| on {date}].",
         "The {AGENCY} ({ACR}) regulates {things} under [{cfr}|the {LAW}]."],
@@ -388,6 +400,11 @@ HEADINGS = ["5:Governing Law", "4:Confidentiality", "3:Indemnification", "2:Term
             "2:Payment", "Payment Terms", "2:Warranties", "Representations and Warranties", "3:Limitation of Liability",
             "2:Definitions", "2:Insurance", "Relationship of the Parties", "Independent Contractor", "Dispute Resolution",
             "Arbitration", "Counterparts", "2:License Grant"]
+
+# One of these in a document is enough.
+KIN = [("Term", "Termination", "Term and Termination"), ("Payment", "Payment Terms"), ("Waiver", "Amendment"),
+       ("Warranties", "Representations and Warranties"), ("Relationship of the Parties", "Independent Contractor"),
+       ("Dispute Resolution", "Arbitration")]
 
 
 # ---- The composer -----------------------------------------------------------------------------
@@ -480,6 +497,13 @@ class Composer:
                 out.append(self.slot(part[0]))
         return "".join(out)
 
+    def section_text(self, heading):
+        """The text of a contract's section. Who pays, warrants and licenses is not left to chance."""
+        self.local, self.order = {}, {}
+        if re.match("Payment|Warranties|Representations|License", heading):
+            self.order = {"p": "A", "q": "B"}
+        return self.slot(heading)
+
     def slot(self, name):
         if name.startswith("^"):
             return capital(self.slot(name[1:]))
@@ -490,7 +514,9 @@ class Composer:
         if ":" in name:
             kind, rule = name.split(":")
             return getattr(self, "do_" + kind)(rule)
-        if " " in name:
+        if name in ("A.", "B."):
+            return self.called(name[0])
+        if " " in name and name not in RULES:
             party, one, many = name.split()
             return many if self.party(party).endswith("s") else one
         if name in self.local:
@@ -531,9 +557,6 @@ class Composer:
 
     def do_q(self):
         return self.called("q")
-
-    def do_P(self):
-        return self.called("p")
 
     def do_A(self):
         return self.party("A")
@@ -618,13 +641,22 @@ class Composer:
     def do_bigmoney(self):
         return self.amount(int(self.choose(((1, "100000"), (1, "1000000")))))
 
-    def do_year(self):
-        return str(self.choose([(1, y) for y in range(1995, 2010)] + [(2, y) for y in range(2010, 2026)]))
-
     def do_date(self):
+        """In the document's year, or the next."""
+        if "year" not in self.fixed:
+            self.fixed["year"] = self.choose([(1, y) for y in range(1996, 2010)] + [(2, y) for y in range(2010, 2025)])
+            return self.day_of(self.fixed["year"])
+        return self.day_of(self.fixed["year"] + self.choose(((4, 0), (1, 1))))
+
+    def do_later(self):
+        if "year" not in self.fixed:
+            return self.do_date()
+        return self.day_of(self.fixed["year"] + self.choose(((2, 2), (2, 3), (2, 5), (1, 10))))
+
+    def day_of(self, year):
         month = self.pick(list(MONTHS))
         day = self.choose([(MONTHS[month] * 2 if d in (1, MONTHS[month]) else 1, d) for d in range(1, MONTHS[month] + 1)])
-        return "%s %d, %s" % (month, day, self.do_year())
+        return "%s %d, %d" % (month, day, year)
 
     # Numbering and references
 
@@ -642,7 +674,7 @@ class Composer:
     def do_list(self, rule):
         """(a) one; (b) two; or (c) three. The conjunction belongs to the rule."""
         items = self.several(rule, 2, 4)
-        joint = "and" if rule == "wr_item" else "or"
+        joint = "and" if rule.startswith("wr_item") else "or"
         marks = self.marks()
         out = ""
         for i, item in enumerate(items):
@@ -661,10 +693,10 @@ class Composer:
                 "1": ["(%d)" % n for n in range(1, 9)]}[self.fixed["marks"]]
 
     def do_ref(self):
-        """A section that exists: an earlier one, with its title now and then, else this one."""
+        """A section that exists: an earlier one, with its title now and then, else the whole."""
         earlier = [n for n in self.sections if n != self.section]
         if not earlier:
-            return "this Section"
+            return self.slot("agr")
         n = self.pick(earlier)
         return self.choose(((3, "Section %s" % n), (1, "Section %s (%s)" % (n, self.sections[n]))))
 
@@ -673,20 +705,17 @@ class Composer:
     def document(self):
         """(text, nats)"""
         self.nats, self.fixed = 0.0, {}
-        self.sections, self.section = {}, None
+        self.local, self.order, self.sections, self.section = {}, {}, {}, None
         kind = self.choose(((36, "clauses"), (20, "numbered"), (14, "agreement"), (14, "statute"), (16, "notice")))
-        self.new_section()
         text = getattr(self, kind)()
         return text, self.nats
-
-    def new_section(self):
-        self.local, self.order = {}, {}
 
     def headings(self, low, high):
         options, found = list(HEADINGS), []
         for _ in range(self.pick(range(low, high + 1))):
             heading = self.choose(options)
-            options = [(weight, text) for weight, text in options if text != heading]
+            kin = next((group for group in KIN if heading in group), [heading])
+            options = [(weight, text) for weight, text in options if text not in kin]
             found.append(heading)
         return found
 
@@ -694,8 +723,7 @@ class Composer:
         """Clauses under plain headings."""
         out = []
         for heading in self.headings(1, 3):
-            self.new_section()
-            out.append("%s.\n%s\n" % (heading, self.slot(heading)))
+            out.append("%s.\n%s\n" % (heading, self.section_text(heading)))
         return "\n".join(out)
 
     def numbered(self, first=None):
@@ -704,17 +732,16 @@ class Composer:
         n = first or self.choose([(3 if n == 1 else 1, n) for n in range(1, 15)])
         out = []
         for heading in self.headings(2, 3):
-            self.new_section()
             self.section = str(n)
             self.sections[self.section] = heading
             if style == "paragraphs":
-                body = self.slot(heading)
+                body = self.section_text(heading)
                 head, _, items = body.partition("\n")
-                sentences = re.split(r"(?<=[a-zA-Z)]\.) (?=[A-Z\"])", head)
+                sentences = re.split(r"(?<=[a-z0-9A-Z)]\.) (?=[A-Z\"])", head)
                 lines = ["%d.%d %s" % (n, i, s) for i, s in enumerate(sentences, 1)]
                 out.append("%d. %s.\n%s\n%s" % (n, heading, "\n".join(lines), items + "\n" if items else ""))
             else:
-                out.append(style % (n, heading) + self.slot(heading) + "\n")
+                out.append(style % (n, heading) + self.section_text(heading) + "\n")
             n += 1
         return "\n".join(out)
 
@@ -726,7 +753,7 @@ class Composer:
 
     def statute(self):
         """A section of an act: definitions, a duty, a penalty, exemptions, rules."""
-        self.fixed["MODAL"] = "shall"
+        self.fixed.update(MODAL="shall", marks="1")
         act = self.pick(list(SUBJECTS))
         who, terms = SUBJECTS[act]
         number = self.pick(range(1, 31))
@@ -746,12 +773,12 @@ class Composer:
             if self.choose(((1, "more"), (1, ""))):
                 out += "%s %s\n" % (next(marks), self.expand("[2:A|The|Each] %s shall [also |]{duty}." % who))
         elif order[0] == "H":
-            out += "%s %s\n" % (first, self.expand("[No|A] %s [3:shall|may] [fail|refuse] to {duty}." % who).replace("A %s shall" % who, "A %s shall not" % who).replace("A %s may" % who, "A %s may not" % who))
+            out += "%s %s\n" % (first, self.expand("[2:No %s may|A %s shall not] [2:fail|refuse] to {duty}." % (who, who)))
         else:
             out += "%s %s\n" % (first, self.expand("This Act [does|shall] not apply to {list:exempt}"))
         for part in order[1:]:
             if part == "P":
-                out += "%s %s\n" % (next(marks), self.expand("[2:A|Any] %s [who|that] [2:violates|knowingly violates|fails to comply with] [3:subsection %s|this section] {penalty}." % (who, first)))
+                out += "%s %s\n" % (next(marks), self.expand("[2:A|Any] %s [2:who|that] [2:violates|knowingly violates|fails to comply with] [3:subsection %s|this section] {penalty}." % (who, first)))
             elif part == "X" and self.choose(((1, "yes"), (1, ""))):
                 out += "%s %s\n" % (next(marks), self.expand("[This section|Subsection %s] [does|shall] not apply to {list:exempt}" % first))
             elif part == "R" and self.choose(((1, "yes"), (1, ""))):
@@ -769,9 +796,15 @@ class Composer:
             self.fixed["things"] = self.choose(weighted(AGENCIES[self.slot("AGENCY")][2]))
         return self.fixed["things"]
 
+    def do_person(self):
+        return self.slot("person_goods" if self.slot("things") in GOODS else "person_else")
+
+    def do_shallnot(self):
+        return self.slot("no_goods" if self.slot("things") in GOODS else "no_else")
+
     def do_LAW(self):
         if "law" not in self.fixed:
-            self.fixed["law"] = self.expand(AGENCIES[self.slot("AGENCY")][3])
+            self.fixed["law"] = LAWS.get(self.slot("things"), AGENCIES[self.slot("AGENCY")][3])
         return self.fixed["law"]
 
     def do_cfr(self):

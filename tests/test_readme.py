@@ -1,0 +1,129 @@
+"""What README.md shows is what is printed, and the make targets do what it says."""
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+from harness import KL3M, ROOT, Skip, expect, export, run_kl3m, test, tmpdir
+from tokenizer_tools import tokenize
+
+DEMO_PROMPT = "Governing Law.\n"
+
+
+@functools.lru_cache(None)
+def demo():
+    """The small trained model, exported as `make demo` does."""
+    return export(ROOT / "tests" / "tiny", tmpdir() / "demo.bin")
+
+
+def run_make(*args, cwd):
+    done = subprocess.run(["make", *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=100)
+    expect(done.returncode, 0, done.stderr.decode())
+    return done.stdout.decode()
+
+
+@functools.lru_cache(None)
+def checkout():
+    """A copy of what is in the project, without what was built in it."""
+    folder = tmpdir() / "kl3m"
+    folder.mkdir()
+    for name in ("kl3m.c", "tokenizer.c", "tokenizer.h", "export_weights.py", "Makefile"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "tests").symlink_to(ROOT / "tests")
+    return folder
+
+
+@test("the commands in README.md print what stands below them")
+def _():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    examples = 0
+    folder = tmpdir()
+    (folder / "kl3m").symlink_to(KL3M)
+    (folder / "demo.bin").symlink_to(demo())
+    for block in re.findall(r"^```console\n(.*?)^```$", text, flags=re.M | re.S):
+        for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, flags=re.M):
+            done = subprocess.run(["sh", "-c", command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+            expect(done.stdout.decode(), output, command)
+            examples += 1
+    assert examples >= 5, examples
+
+
+@test("make demo builds, exports the small model and prints the text that README.md shows")
+def _():
+    shown = re.search(r"^```sh\n[^`]*make demo[^`]*```\n+```text\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"),
+                      flags=re.M | re.S)[1]
+    printed = run_make("-s", "CC=%s" % (os.environ.get("CC") or "cc"), "CFLAGS=-O1", "PYTHON=%s" % sys.executable, "demo",
+                       cwd=checkout())
+    expect(printed, shown)
+
+
+@test("make install puts program and model under PREFIX below DESTDIR, where the program finds it, and uninstall removes both")
+def _():
+    folder, stage = checkout(), tmpdir() / "with space"
+    run_make("-s", "CFLAGS=-O1", cwd=folder)
+    shutil.copy(demo(), folder / "kl3m-002-170m.bin")
+    run_make("-s", "install", "PREFIX=/opt/kl3m", "DESTDIR=%s" % stage, cwd=folder)
+    installed = stage / "opt/kl3m/bin/kl3m"
+    done = subprocess.run([str(installed), "-p", DEMO_PROMPT, "-t0", "-n5"], cwd=str(tmpdir()), stdout=subprocess.PIPE,
+                          env={"HOME": "/nowhere", "PATH": os.environ["PATH"]}, timeout=60)
+    expect((done.returncode, done.stdout), (0, run_kl3m("-m", demo(), "-p", DEMO_PROMPT, "-t0", "-n5").out))
+    run_make("-s", "uninstall", "PREFIX=/opt/kl3m", "DESTDIR=%s" % stage, cwd=folder)
+    expect([path for path in stage.rglob("*") if not path.is_dir()], [])
+
+
+def samples(model, path):
+    """Six texts of the model's own, as card.jsonl has those of the real one."""
+    with open(path, "w") as file:
+        for prompt in ("Governing Law.\n", "Under this"):
+            done = run_kl3m("-m", model, "-p", prompt, "-t", 0.5, "-n", 32, "-r", 8, "-s", 3, "--json", "--ignore-eos")
+            result, kept = json.loads(done.text), 0
+            for text, new in zip(result["generated_text"], result["new_tokens"]):
+                (ids,) = tokenize(model, [text.encode()])
+                if len(ids) == result["prompt_tokens"] + new and kept < 3:   # else it drew what no text encodes to
+                    file.write(json.dumps({"prompt_ids": ids[:-new], "output_ids": ids[-new:]}) + "\n")
+                    kept += 1
+
+
+def run_card(model, path):
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "card.py"), str(model), str(path)], stdout=subprocess.PIPE,
+                          env=dict(os.environ, KL3M=str(KL3M)), timeout=60)
+    return done.returncode, done.stdout.decode()
+
+
+@test("card.py passes a model's own samples, and fails them when query, key and value rows are shuffled")
+def _():
+    path = tmpdir() / "samples.jsonl"
+    samples(demo(), path)
+    count = sum(len(json.loads(line)["output_ids"]) for line in path.read_text().splitlines())
+    assert count >= 128, count
+    expect(run_card(demo(), path), (0, "%d of %d published tokens are among the 50 likeliest\n" % (count, count)))
+
+    # The tiny model's safetensors with the rows of query_key_value in reverse: the file is sound, the layout wrong.
+    shuffled = tmpdir() / "shuffled"
+    shutil.copytree(ROOT / "tests" / "tiny", shuffled)
+    data = bytearray((shuffled / "model.safetensors").read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name, entry in json.loads(data[8:start]).items():
+        if name.endswith("query_key_value.weight"):
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            size = (end - begin) // entry["shape"][0]
+            rows = [data[at:at + size] for at in range(begin, end, size)]
+            data[begin:end] = b"".join(reversed(rows))
+    (shuffled / "model.safetensors").write_bytes(data)
+    status, said = run_card(export(shuffled), path)
+    among = int(said.split()[0])
+    assert status == 1 and among < 0.9 * count, said
+
+
+@test("the published outputs are those of the cards, by their ids alone")
+def _():
+    from harness import SHARED
+    if SHARED is None:
+        raise Skip("there is no ../shared here")
+    ours = [json.loads(line) for line in (ROOT / "tests" / "card.jsonl").read_text().splitlines()]
+    theirs = [json.loads(line) for line in (SHARED / "vectors" / "card.jsonl").read_text().splitlines()]
+    expect(ours, [{key: one[key] for key in ("prompt_ids", "output_ids")} for one in theirs
+                  if one["model"] == "kl3m-002-170m"])

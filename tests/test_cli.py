@@ -537,7 +537,7 @@ def _():
         raise Skip("a model is installed on this system")
     none = run()
     expect((none.code, none.out), (1, b""))
-    assert "kl3m-002-170m.bin" in none.err and "export" in none.err, none.err
+    assert "kl3m-002-170m.bin" in none.err and "make model" in none.err, none.err
     for last in reversed(places):  # each place comes before those that were filled earlier
         file = last / "kl3m-002-170m.bin"
         shutil.copy(bad, file)

@@ -34,10 +34,10 @@ test: $(OUT)
 
 # The model goes along if it is here.
 install: $(OUT)
-	mkdir -p "$(DESTDIR)$(PREFIX)/bin"
-	cp $(OUT) "$(DESTDIR)$(PREFIX)/bin/kl3m"
-	if [ -f $(MODEL) ]; then mkdir -p "$(DESTDIR)$(PREFIX)/share/kl3m" && \
-		cp $(MODEL) "$(DESTDIR)$(PREFIX)/share/kl3m/"; fi
+	install -d "$(DESTDIR)$(PREFIX)/bin"
+	install -m 755 $(OUT) "$(DESTDIR)$(PREFIX)/bin/kl3m"
+	if [ -f $(MODEL) ]; then install -d "$(DESTDIR)$(PREFIX)/share/kl3m" && \
+		install -m 644 $(MODEL) "$(DESTDIR)$(PREFIX)/share/kl3m/"; fi
 
 uninstall:
 	rm -f "$(DESTDIR)$(PREFIX)/bin/kl3m" "$(DESTDIR)$(PREFIX)/share/kl3m/$(MODEL)"

@@ -40,7 +40,7 @@
 //   13. Options       the table that the parser and --help read
 //   14. Main
 
-#define _GNU_SOURCE   // sched_getaffinity, madvise; macOS ignores it
+#define _GNU_SOURCE   // sched_getaffinity, vasprintf, getentropy; macOS ignores it
 #include "tokenizer.h"
 
 #include <ctype.h>
@@ -59,6 +59,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -85,6 +86,9 @@ enum {
     PAGE = 32,                  // positions of a page of keys and values
     PAIR = 2 * BLOCK,           // outputs a call of `product` computes: dimensions are padded to it
     BLOCK_FLOATS = TILE * BLOCK,
+    USUAL_ROWS = 240,           // of a pass, unless --rows or --batch asks for others
+    MAX_ROWS = 65536,
+    MAX_BATCH = 1024,           // sequences
     MAX_STOPS = 64,
 };
 
@@ -93,10 +97,12 @@ enum {
 // one prompt among many, a message kept in its request (3). From here on the rest may assume that memory asked for
 // is there and that what was interrupted leaves no half-written file behind.
 
-enum { OK = 0, FAILED = 1, USAGE = 2, SOME_FAILED = 3, INTERRUPTED = 130, TERMINATED = 143 };
+enum { OK = 0, FAILED = 1, USAGE = 2, SOME_FAILED = 3 };   // and 128 + a signal's number
 
-static const char *unfinished_file;            // removed if the program ends before it is whole
+static const char *volatile unfinished_file;   // removed if the program ends before it is whole
 static volatile sig_atomic_t interrupted;      // the exit status a signal asked for, or 0
+static int stop_pipe[2] = { -1, -1 };          // readable once a signal has come: for those who wait in poll
+static const int stop_signals[] = { SIGINT, SIGTERM, SIGHUP };
 
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
@@ -111,13 +117,11 @@ static void die(const char *format, ...) {
     _exit(FAILED);
 }
 
-#define USAGE_LINE "usage: kl3m -p TEXT | -f FILE | < PROMPTS, a prompt a line"
-
 __attribute__((noreturn, format(printf, 1, 2)))
 static void usage_error(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    if (strcmp(format, USAGE_LINE) != 0) fputs("kl3m: ", stderr);
+    fputs("kl3m: ", stderr);
     vfprintf(stderr, format, arguments);
     va_end(arguments);
     fputs("; kl3m --help lists the options\n", stderr);
@@ -130,7 +134,7 @@ static void *allocate(size_t n, size_t size) {
     bool too_much = __builtin_mul_overflow(n, size, &bytes) || bytes > SIZE_MAX / 2;
     void *memory = too_much ? NULL : aligned_alloc(64, bytes / 64 * 64 + 64);
     if (memory == NULL)
-        die("out of memory: %zu times %zu bytes were asked for; smaller --batch, --rows or -n need less", n, size);
+        die("out of memory: %zu times %zu bytes were asked for; smaller -b, --rows, -n, -r or -j need less", n, size);
     memset(memory, 0, bytes);
     return memory;
 }
@@ -180,7 +184,26 @@ static void on_signal(int number) {
         if (unfinished_file) unlink(unfinished_file);
         _exit(interrupted);
     }
-    interrupted = number == SIGTERM ? TERMINATED : INTERRUPTED;
+    interrupted = 128 + number;
+    if (write(stop_pipe[1], "", 1) < 0) {}     // the pipe is empty: it cannot be full
+}
+
+// From here on the stop signals end the program in order; one that the parent ignores (nohup, a shell's `&`) stays
+// ignored. What a signal finds in a write goes on; what waits for input waits in wait_for_input.
+static void catch_signals(void) {
+    if (pipe(stop_pipe) != 0) die("cannot make a pipe: %s", strerror(errno));
+    for (size_t i = 0; i < sizeof stop_signals / sizeof *stop_signals; i++) {
+        struct sigaction before, ours = { .sa_handler = on_signal, .sa_flags = SA_RESTART };
+        if (sigaction(stop_signals[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+            sigaction(stop_signals[i], &ours, NULL);
+    }
+}
+
+// Can something be read, or its end be seen, without waiting? With `wait`, waits until it can or a signal comes.
+static bool wait_for_input(int fd, bool wait) {
+    struct pollfd ready[2] = { { .fd = stop_pipe[0], .events = POLLIN }, { .fd = fd, .events = POLLIN } };
+    while (poll(ready, 2, wait ? -1 : 0) < 0 && errno == EINTR) {}
+    return !interrupted && ready[1].revents != 0;
 }
 
 static void write_all(FILE *f, const void *data, size_t n, const char *name) {
@@ -197,13 +220,13 @@ static void flush_stdout(void) {
     if (fflush(stdout) != 0) die("cannot write to standard output: %s", strerror(errno));
 }
 
-// A file that appears under its name when it is whole and not before. What is no regular file (a pipe, /dev/null) is
-// written as it is.
+// A file that appears under its name when it is whole and not before. What is no regular file (a pipe, /dev/null, a
+// link) is written as it is.
 typedef struct { FILE *file; const char *name; char *temporary; } Output;
 
 static Output output_open(const char *name) {
     struct stat s;
-    bool direct = stat(name, &s) == 0 && !S_ISREG(s.st_mode);
+    bool direct = lstat(name, &s) == 0 && !S_ISREG(s.st_mode);
     Output out = { .name = name, .temporary = direct ? NULL : format_string("%s.%ld.part", name, (long)getpid()) };
     out.file = fopen(direct ? name : out.temporary, "wb");
     if (out.file == NULL) die("cannot write %s: %s", name, strerror(errno));
@@ -637,13 +660,12 @@ void NAME(product)(int rows, int k, const float *a, const float *w, long stride,
     }
 }
 
-// e^x to 1.5 units in the last place for x in [-86, 86]; 0 below, where a float would lose digits; above, e^86.
+// e^x to 1.5 units in the last place for x in [-86, 0], all that is asked for; 0 below, where a float loses digits.
 // x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite 1980), e^r by its Taylor polynomial of degree 7.
 INLINE vec NAME(exp_vec)(vec x) {
     const vec round = SPLAT(12582912.0f);          // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     ivec tiny = x < SPLAT(-86.0f);
     x = SELECT(tiny, SPLAT(-86.0f), x);
-    x = SELECT(x > SPLAT(86.0f), SPLAT(86.0f), x);
     vec shifted = FMA(x, SPLAT(1.44269504f), round), n = shifted - round;
     vec r = FMA(n, SPLAT(-0.693359375f), x);       // ln 2 in two parts, the first with 9 bits: n times it is exact
     r = FMA(n, SPLAT(2.12194440e-4f), r);
@@ -850,11 +872,11 @@ static void *worker(void *number) {
     while (!atomic_load(&pool.over)) {
         uint64_t seen = work((int)(intptr_t)number);
         int spins = 0;
-        while (spins < SPINS && atomic_load(&pool.ticket) == seen) pause_a_moment(spins++);
+        while (spins < SPINS && atomic_load(&pool.ticket) == seen && !atomic_load(&pool.over)) pause_a_moment(spins++);
         if (spins < SPINS) continue;
         pthread_mutex_lock(&pool.lock);
         atomic_fetch_add(&pool.sleepers, 1);
-        while (atomic_load(&pool.ticket) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
+        while (atomic_load(&pool.ticket) == seen && !atomic_load(&pool.over)) pthread_cond_wait(&pool.wake, &pool.lock);
         atomic_fetch_sub(&pool.sleepers, 1);
         pthread_mutex_unlock(&pool.lock);
     }
@@ -884,9 +906,10 @@ static void parallel(int pieces, Run run, void *arg) {
 
 static void threads_start(int threads) {
     pthread_t *workers = pool.workers = allocate((size_t)threads, sizeof *workers);
-    sigset_t all, before;                      // signals are the main thread's
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    sigset_t stops, before;                    // the main thread's; a fault such as SIGBUS is its thread's own
+    sigemptyset(&stops);
+    for (size_t i = 0; i < sizeof stop_signals / sizeof *stop_signals; i++) sigaddset(&stops, stop_signals[i]);
+    pthread_sigmask(SIG_BLOCK, &stops, &before);
     atomic_store(&pool.ticket, INT_MAX);
     for (pool.threads = 1; pool.threads < threads; pool.threads++) {
         int error = pthread_create(&workers[pool.threads - 1], NULL, worker, (void *)(intptr_t)pool.threads);
@@ -897,10 +920,11 @@ static void threads_start(int threads) {
 
 static void threads_stop(void) {
     atomic_store(&pool.over, true);
-    atomic_fetch_add(&pool.ticket, (uint64_t)1 << 32 | 0);
     wake_workers();
     for (int i = 0; i < pool.threads - 1; i++) pthread_join(pool.workers[i], NULL);
     free(pool.workers);
+    pool.threads = 1;
+    atomic_store(&pool.over, false);
 }
 
 // ---- 6. KV cache ----
@@ -911,9 +935,7 @@ static void threads_stop(void) {
 typedef struct Page { struct Page *next; int users; float *floats; } Page;
 
 typedef struct {
-    long head_floats;          // keys [2][head size][16], then values [head size / 16][32][16], of one head
-    long layer_floats;         // kv_heads heads of them
-    long page_floats;          // all layers
+    long page_floats;          // [layers][kv_heads][head_floats]
     Page *spare;
 } KVCache;
 
@@ -923,11 +945,11 @@ typedef struct {
     int length;                // positions that hold a token
 } Sequence;
 
+// Of one head in a page: keys [2][head size][16], then values [head size / 16][32][16].
+static long head_floats(const Config *c) { return PAGE * ((long)c->head_size + padded(c->head_size)); }
+
 static KVCache kv_open(const Config *c) {
-    KVCache kv = { .head_floats = PAGE * ((long)c->head_size + padded(c->head_size)) };
-    kv.layer_floats = kv.head_floats * c->kv_heads;
-    kv.page_floats = kv.layer_floats * c->layers;
-    return kv;
+    return (KVCache){ .page_floats = head_floats(c) * c->kv_heads * c->layers };
 }
 
 static Page *kv_take_page(KVCache *kv) {
@@ -1216,8 +1238,7 @@ static void linear(const Work *w, const Linear *layers, int n_layers, int rows) 
 // The floats of a kv head in a page: keys first, its values behind them.
 static float *kv_head(const Work *w, const Page *page, int head) {
     const Config *c = &w->m->c;
-    long head_floats = PAGE * ((long)c->head_size + padded(c->head_size));
-    return page->floats + ((long)w->layer * c->kv_heads + head) * head_floats;
+    return page->floats + ((long)w->layer * c->kv_heads + head) * head_floats(c);
 }
 
 // Column i of a head of a row of qkv, turned: the first rotary_dims columns are pairs (i, i + rotary_dims / 2) turned
@@ -1367,6 +1388,17 @@ static void forward(Work *w, const Row *rows, int n) {
 
 static const float *logits_of(const Work *w, int i) { return w->logits + (long)i * padded(w->m->c.vocab); }
 
+static bool all_finite(const float *logits, int n) {
+    int flaws = 0;
+    for (int i = 0; i < n; i++) flaws |= !(fabsf(logits[i]) <= FLT_MAX);
+    return !flaws;
+}
+
+__attribute__((noreturn))
+static void die_not_finite(const Model *m) {
+    die("%s: the logits are not finite: its weights are damaged or overflow; kl3m --verify checks the file", m->path);
+}
+
 // ---- 8. Sampling ----
 // Logits in, one token out, in the order of transformers' processors: repetition penalty, temperature, top-k, top-p,
 // min-p, draw. Ties go to the lower id everywhere. A draw is a function of the seed, the prompt's tokens, the number
@@ -1505,11 +1537,14 @@ static uint32_t sample(const Sampling *s, const float *logits, int n, const uint
         logits = scratch->penalized;
     }
     if (s->temperature == 0) return argmax(logits, n);
-    double total, target;
-    int count = distribution(s, logits, n, scratch->candidates, &total), i = 0;
-    for (target = u * total; i < count - 1 && target >= scratch->candidates[i].weight; i++)
+    double total;
+    int count = distribution(s, logits, n, scratch->candidates, &total), drawn_at = 0;
+    double target = u * total;
+    for (int i = 0; i < count && target >= 0; i++) {       // rounding may leave a rest: then the last that has a weight
+        if (scratch->candidates[i].weight > 0) drawn_at = i;
         target -= scratch->candidates[i].weight;
-    return scratch->candidates[i].id;
+    }
+    return scratch->candidates[drawn_at].id;
 }
 
 // ---- 9. Scheduling ----
@@ -1545,7 +1580,7 @@ struct Request {
     Sequence prefix;           // the prompt's keys and values
     float *logits;             // [vocab] after the prompt, once it is prefilled
     Continuation *continuations;
-    int started, finished;     // of the continuations
+    int started, finished, delivered;    // of the continuations
     bool done;
 };
 
@@ -1559,7 +1594,8 @@ typedef struct {
     // The next request, or NULL: there is none now (*ended: none ever again). `wait`: nothing else is to be done.
     Request *(*source)(void *arg, bool wait, bool *ended);
     void (*progress)(void *arg, Continuation *c);    // a continuation has grown
-    void (*sink)(void *arg, Request *r);             // a request is done; called in the order of the input
+    void (*finished)(void *arg, Continuation *c);    // one is done; in the order of the input and of their numbers
+    void (*sink)(void *arg, Request *r);             // a request is done, or cannot be run; in the order of the input
     void *arg;
 
     KVCache kv;
@@ -1582,9 +1618,8 @@ static void draw_piece(void *arg, int piece, int thread) {
     Draw *d = &job->draws[piece];
     const Request *r = d->c->request;
     int vocab = s->m->c.vocab;
-    int flaws = 0;
-    for (int i = 0; i < vocab; i++) flaws |= !(fabsf(d->logits[i]) <= FLT_MAX);
-    d->finite = !flaws;
+    d->finite = all_finite(d->logits, vocab);
+    if (!d->finite) return;
     double u = uniform(r->seed, r->hash, d->c->number, (uint32_t)d->c->n);
     d->token = sample(&s->sampling, d->logits, vocab, r->ids, r->n, d->c->ids, d->c->n, u, &s->scratch[thread]);
 }
@@ -1633,6 +1668,8 @@ static void accept_token(Scheduler *s, Continuation *c, uint32_t token) {
 
 static void finish(Scheduler *s, Continuation *c) {
     kv_free(&s->kv, &c->sequence);
+    free(c->ids);
+    c->ids = NULL;
     s->in_work--;
     if (++c->request->finished == s->returns) c->request->done = true;
 }
@@ -1642,9 +1679,7 @@ static void draw_all(Scheduler *s, Draw *draws, int n) {
     parallel(n, draw_piece, &(DrawJob){ s, draws });
     for (int i = 0; i < n; i++) {
         Continuation *c = draws[i].c;
-        if (!draws[i].finite)
-            die("%s: the logits are not finite: its weights are damaged or overflow; kl3m --verify checks the file",
-                s->m->path);
+        if (!draws[i].finite) die_not_finite(s->m);
         accept_token(s, c, draws[i].token);
         if (c->reason == UNDECIDED) s->running[s->n_running++] = c;
         else finish(s, c);
@@ -1652,10 +1687,12 @@ static void draw_all(Scheduler *s, Draw *draws, int n) {
     }
 }
 
-// Hands over what is done, up to the first request that is not.
+// Hands over what is done, up to the first continuation that is not.
 static void deliver(Scheduler *s) {
-    while (s->first && s->first->done) {
-        Request *r = s->first;
+    for (Request *r; (r = s->first) != NULL;) {
+        while (!r->error && r->delivered < s->returns && r->continuations[r->delivered].reason != UNDECIDED)
+            s->finished(s->arg, &r->continuations[r->delivered++]);
+        if (!r->done) return;
         s->first = r->next;
         if (s->first == NULL) s->last = NULL;
         s->waiting--;
@@ -1674,37 +1711,36 @@ static bool take_request(Scheduler *s, bool *ended) {
     r->done = r->error || r->limit == 0;
     if (r->error) return true;
     r->continuations = allocate((size_t)s->returns, sizeof *r->continuations);
-    for (int i = 0; i < s->returns; i++) {
-        Continuation *c = &r->continuations[i];
-        *c = (Continuation){ .request = r, .number = (uint32_t)i, .reason = r->done ? BY_LENGTH : UNDECIDED };
-        c->ids = allocate((size_t)r->limit, sizeof *c->ids);
-        append(&c->text, "", 0);               // so that an empty text is a string too
-    }
+    for (int i = 0; i < s->returns; i++)
+        r->continuations[i] = (Continuation){ .request = r, .number = (uint32_t)i, .reason = r->done ? BY_LENGTH : UNDECIDED };
     if (!r->done) s->in_work++;                // its prefill
     return true;
 }
 
-// Fills the batch: first with continuations of prompts that are prefilled, then with new prompts. The last
-// continuation of a prompt takes its pages over, the others share them.
-static void admit(Scheduler *s, bool *ended) {
-    Draw *draws = allocate((size_t)s->batch, sizeof *draws);
-    int n = 0;
-    for (Request *r = s->first; r; r = r->next) {
-        while (r->logits && r->started < s->returns && s->in_work < s->batch) {
-            Continuation *c = &r->continuations[r->started++];
-            if (r->started < s->returns) c->sequence = kv_fork(&r->prefix);
-            else {
-                c->sequence = r->prefix;
-                r->prefix = (Sequence){0};
-            }
-            draws[n++] = (Draw){ .c = c, .logits = r->logits };
-            s->in_work++;
-        }
+// Begins a continuation of a prompt that is prefilled. The last one takes its pages over, the others share them.
+static Draw start_continuation(Scheduler *s, Request *r) {
+    Continuation *c = &r->continuations[r->started++];
+    c->ids = allocate((size_t)r->limit, sizeof *c->ids);
+    append(&c->text, "", 0);                   // so that an empty text is a string too
+    if (r->started < s->returns) c->sequence = kv_fork(&r->prefix);
+    else {
+        c->sequence = r->prefix;
+        r->prefix = (Sequence){0};
     }
-    draw_all(s, draws, n);
-    free(draws);
-    deliver(s);
-    // A finished request that waits for one before it takes memory: not too many of them.
+    s->in_work++;
+    return (Draw){ .c = c, .logits = r->logits };
+}
+
+// Fills the batch: with continuations of prompts that are prefilled until none is left to begin, and only then with new
+// prompts. So no more prompts are held than the batch has places, but for finished ones that wait for one before them.
+static void admit(Scheduler *s, Draw *draws, bool *ended) {
+    for (int n = 1; n > 0;) {
+        n = 0;
+        for (Request *r = s->first; r; r = r->next)
+            while (r->logits && r->started < s->returns && s->in_work < s->batch) draws[n++] = start_continuation(s, r);
+        draw_all(s, draws, n);                 // some end with their first token and make room for others
+        deliver(s);
+    }
     while (!interrupted && !*ended && s->in_work < s->batch && s->waiting < 16 * s->batch && take_request(s, ended))
         deliver(s);
 }
@@ -1733,8 +1769,12 @@ static int gather(Scheduler *s, Draw *draws, int *n_draws) {
 // Runs requests until the source has no more, or a signal comes.
 static void schedule(Scheduler *s) {
     size_t vocab = (size_t)s->m->c.vocab;
+    // What is allowed is not always used: more rows than this cannot be in a pass, or pay for their memory.
+    if (s->batch > MAX_BATCH) s->batch = MAX_BATCH;
+    if (s->max_rows == 0) s->max_rows = s->batch > USUAL_ROWS ? s->batch : USUAL_ROWS;
     if (s->max_rows < s->batch) s->batch = s->max_rows;
-    long most = (long)s->batch * s->m->c.context;      // more rows there cannot be: no memory for them
+    long most = (long)s->batch * s->m->c.context;
+    if (most > MAX_ROWS) most = MAX_ROWS;
     if (s->max_rows > most) s->max_rows = (int)most;
     s->kv = kv_open(&s->m->c);
     s->work = work_open(s->m, s->work.kernels, s->max_rows, s->batch);
@@ -1746,7 +1786,7 @@ static void schedule(Scheduler *s) {
     Draw *draws = allocate((size_t)s->batch, sizeof *draws);
 
     for (bool ended = false; !interrupted;) {
-        admit(s, &ended);
+        admit(s, draws, &ended);
         int n_draws, n = gather(s, draws, &n_draws);
         if (n == 0 && ended && s->first == NULL) break;
         if (n == 0) continue;                  // all that was begun ended with its first token
@@ -1814,12 +1854,11 @@ static int next_record(Records *in, bool wait, char **text, size_t *n) {
             *n = (end ? (size_t)(end - in->buffer.data) : in->buffer.size) - in->start;
             in->start = in->scanned = in->start + *n + (end != NULL);
             in->line++;
-            if (in->delimiter == '\n' && *n && (*text)[*n - 1] == '\r') --*n;
+            if (end && in->delimiter == '\n' && *n && (*text)[*n - 1] == '\r') --*n;
             return 1;
         }
         if (in->ended) return -1;
-        struct pollfd ready = { .fd = in->fd, .events = POLLIN };
-        if (!wait && poll(&ready, 1, 0) <= 0) return 0;
+        if (!wait_for_input(in->fd, wait)) return 0;
 
         in->buffer.size -= in->start;
         if (in->start && in->buffer.size) memmove(in->buffer.data, in->buffer.data + in->start, in->buffer.size);
@@ -1827,10 +1866,9 @@ static int next_record(Records *in, bool wait, char **text, size_t *n) {
         in->scanned = in->buffer.size;
         in->buffer.data = grow(in->buffer.data, &in->buffer.room, in->buffer.size + 65536);
         ssize_t got = read(in->fd, in->buffer.data + in->buffer.size, 65536);
-        if (got < 0 && errno != EINTR) die("cannot read standard input: %s", strerror(errno));
-        if (got < 0 && interrupted) return 0;
+        if (got < 0) die("cannot read standard input: %s", strerror(errno));
         if (got == 0) in->ended = true;
-        if (got > 0) in->buffer.size += (size_t)got;
+        in->buffer.size += (size_t)got;
     }
 }
 
@@ -1840,9 +1878,10 @@ static Bytes read_file(const char *name) {
     Bytes b = {0};
     for (ssize_t got = 1; got != 0;) {
         b.data = grow(b.data, &b.room, b.size + 65536);
+        if (!wait_for_input(fd, true)) _exit(interrupted);      // nothing has been begun
         got = read(fd, b.data + b.size, 65536);
-        if (got < 0 && (errno != EINTR || interrupted)) die("cannot read %s: %s", name, strerror(errno));
-        if (got > 0) b.size += (size_t)got;
+        if (got < 0) die("cannot read %s: %s", name, strerror(errno));
+        b.size += (size_t)got;
     }
     if (fd != STDIN_FILENO) close(fd);
     return b;
@@ -1968,6 +2007,14 @@ static void append_format(Bytes *b, const char *format, ...) {
     append_string(b, s);
 }
 
+// A continuation behind its prompt, joined before it is escaped: a character may begin in the one and end in the other.
+static Bytes whole_text(const Continuation *c, bool echo) {
+    Bytes text = {0};
+    if (echo) append(&text, c->request->prompt, c->request->prompt_size);
+    append(&text, c->text.data, c->text.size);
+    return text;
+}
+
 // {"prompt", "generated_text", "finish_reason", "prompt_tokens", "new_tokens", "seed"} or {"prompt", "error"}.
 static void append_request_json(Bytes *out, const Request *r, int returns, bool echo) {
     static const char *const reasons[] = { [BY_EOS] = "eos", [BY_LENGTH] = "length", [BY_STOP] = "stop" };
@@ -1976,9 +2023,7 @@ static void append_request_json(Bytes *out, const Request *r, int returns, bool 
     else {
         append_string(out, ", \"generated_text\": [");
         for (int i = 0; i < returns; i++) {
-            Bytes text = {0};              // joined first: a character may begin in the one and end in the other
-            if (echo) append(&text, r->prompt, r->prompt_size);
-            append(&text, r->continuations[i].text.data, r->continuations[i].text.size);
+            Bytes text = whole_text(&r->continuations[i], echo);
             append_json(out, i ? ", " : "", text.data, text.size);
             free(text.data);
         }
@@ -2010,8 +2055,6 @@ typedef struct { const Options *o; Records records; bool single, given; char *ow
 static Prompts prompts_open(const Options *o) {
     Prompts p = { .o = o, .single = o->prompt || o->file,
                   .records = { .fd = STDIN_FILENO, .delimiter = o->null ? 0 : '\n' } };
-    if (!p.single && isatty(STDIN_FILENO))
-        usage_error(USAGE_LINE);
     return p;
 }
 
@@ -2131,6 +2174,23 @@ static void show_progress(void *arg, Continuation *c) {
     flush_stdout();
 }
 
+// A continuation's line, at once: its text need not be kept, however many there are.
+static void show_line(void *arg, Continuation *c) {
+    const Generation *g = arg;
+    if (g->o->json) return;
+    Bytes out = {0};
+    if (!g->stream) {
+        Bytes text = whole_text(c, !g->o->no_echo);
+        append_text(&out, text.data, text.size, g->o->null ? ZERO_ENDED : LINE);
+        free(text.data);
+    }
+    append(&out, g->o->null ? "" : "\n", 1);
+    print(&out);
+    flush_stdout();
+    free(c->text.data);
+    c->text = (Bytes){0};
+}
+
 static void show_request(void *arg, Request *r) {
     Generation *g = arg;
     const Options *o = g->o;
@@ -2142,17 +2202,7 @@ static void show_request(void *arg, Request *r) {
         fprintf(stderr, "kl3m: %s%s\n", where, r->error);
     } else if (o->verbose) fprintf(stderr, "kl3m: %sseed %llu\n", where, (unsigned long long)r->seed);
     if (o->json) append_request_json(&out, r, g->s.returns, !o->no_echo);
-    else for (int i = 0; i < g->s.returns; i++) {
-        Form form = o->null ? ZERO_ENDED : LINE;
-        if (!r->error && !g->stream) {
-            Bytes text = {0};
-            if (!o->no_echo) append(&text, r->prompt, r->prompt_size);
-            append(&text, r->continuations[i].text.data, r->continuations[i].text.size);
-            append_text(&out, text.data, text.size, form);
-            free(text.data);
-        }
-        append(&out, o->null ? "" : "\n", 1);
-    }
+    else for (; r->delivered < g->s.returns; r->delivered++) append(&out, o->null ? "" : "\n", 1);   // their places
     print(&out);
     flush_stdout();
     request_free(r, g->s.returns, &g->s.kv);
@@ -2166,7 +2216,8 @@ static void show_interrupted(Generation *g) {
     while (g->s.first != end) {
         Request *r = g->s.first;
         g->s.first = r->next;
-        if (!r->done && !g->stream) r->error = format_string("interrupted");
+        if (!r->done && g->o->json) r->error = format_string("interrupted");
+        while (r->done && !r->error && r->delivered < g->s.returns) show_line(g, &r->continuations[r->delivered++]);
         show_request(g, r);
     }
 }
@@ -2182,7 +2233,7 @@ static int generate(const Options *o, Model *m, const Kernels *kernels) {
         .s = { .m = m, .sampling = { o->temperature, o->top_p, o->min_p, o->penalty, o->top_k },
                .returns = (int)o->returns, .batch = (int)o->batch, .max_rows = (int)o->rows,
                .ignore_eos = o->ignore_eos, .stops = stops, .n_stops = o->n_stops, .source = read_request,
-               .progress = show_progress, .sink = show_request, .work.kernels = kernels },
+               .progress = show_progress, .finished = show_line, .sink = show_request, .work.kernels = kernels },
     };
     g.s.arg = &g;
     double start = seconds();
@@ -2221,6 +2272,13 @@ static void append_ids(Bytes *out, const uint32_t *ids, size_t n) {
     out->size = (size_t)(at - out->data);
 }
 
+// What has been gathered goes out: when there is no more input just now, or enough of it.
+static void write_idle(Bytes *out) {
+    write_all(stdout, out->data, out->size, "standard output");
+    flush_stdout();
+    out->size = 0;
+}
+
 static int tokenize(const Options *o, Model *m) {
     Prompts prompts = prompts_open(o);
     Bytes out = {0};
@@ -2230,11 +2288,7 @@ static int tokenize(const Options *o, Model *m) {
     long line;
     for (int got; !interrupted;) {
         got = next_prompt(&prompts, false, &text, &n, &line);
-        if (got < 1 || out.size > 1 << 20) {       // nothing more just now: what there is goes out
-            write_all(stdout, out.data, out.size, "standard output");
-            flush_stdout();
-            out.size = 0;
-        }
+        if (got < 1 || out.size > 1 << 20) write_idle(&out);
         if (got == 0) got = next_prompt(&prompts, true, &text, &n, &line);
         if (got < 0) break;
         if (got == 0) continue;
@@ -2243,8 +2297,8 @@ static int tokenize(const Options *o, Model *m) {
         if (count < 0) die("out of memory for a prompt of %zu bytes", n);
         append_ids(&out, ids, (size_t)count);
     }
-    print(&out);
-    flush_stdout();
+    write_idle(&out);
+    free(out.data);
     free(ids);
     prompts_close(&prompts);
     return interrupted;
@@ -2274,13 +2328,20 @@ static int detokenize(const Options *o, const Model *m) {
         die("cannot open %s: %s", o->file, strerror(errno));
     if (o->prompt) {
         append_string(&in.buffer, o->prompt);
+        append_string(&in.buffer, "\n");
         in.ended = true;
-    } else if (!o->file && isatty(STDIN_FILENO)) usage_error(USAGE_LINE);
+    }
     int status = OK;
+    Bytes out = {0}, text = {0};
     char *s;
     size_t n, bad = 0;
-    while (!interrupted && next_record(&in, true, &s, &n) == 1) {
-        Bytes text = {0}, out = {0};
+    for (int got; !interrupted;) {
+        got = next_record(&in, false, &s, &n);
+        if (got < 1 || out.size > 1 << 20) write_idle(&out);
+        if (got == 0) got = next_record(&in, true, &s, &n);
+        if (got < 0) break;
+        if (got == 0) continue;
+        text.size = 0;
         if (decode_line(m, s, n, &text, &bad)) append_text(&out, text.data, text.size, o->null ? ZERO_ENDED : LINE);
         else {
             size_t length = 0;
@@ -2292,12 +2353,12 @@ static int detokenize(const Options *o, const Model *m) {
             status = SOME_FAILED;
         }
         append(&out, o->null ? "" : "\n", 1);
-        print(&out);
-        free(text.data);
     }
-    flush_stdout();
+    write_idle(&out);
     if (in.fd != STDIN_FILENO) close(in.fd);
     free(in.buffer.data);
+    free(text.data);
+    free(out.data);
     return interrupted ? interrupted : status;
 }
 
@@ -2322,7 +2383,8 @@ static int write_logits(const Options *o, Model *m, const Kernels *kernels) {
         fprintf(stderr, "kl3m: %s\n", r.error);
         status = SOME_FAILED;
     } else {
-        int rows = (int)o->rows < r.n ? (int)o->rows : r.n;
+        int most = o->rows == 0 ? USUAL_ROWS : o->rows < MAX_ROWS ? (int)o->rows : MAX_ROWS;
+        int rows = most < r.n ? most : r.n;
         Work w = work_open(m, kernels, rows, rows);
         KVCache kv = kv_open(&m->c);
         Sequence sequence = {0};
@@ -2333,8 +2395,10 @@ static int write_logits(const Options *o, Model *m, const Kernels *kernels) {
             count = r.n - done < rows ? r.n - done : rows;
             for (int i = 0; i < count; i++) pass[i] = (Row){ &sequence, done + i, r.ids[done + i], true };
             forward(&w, pass, count);
-            for (int i = 0; i < count; i++)
+            for (int i = 0; i < count; i++) {
+                if (!all_finite(logits_of(&w, i), m->c.vocab)) die_not_finite(m);
                 write_all(out.file, logits_of(&w, i), (size_t)m->c.vocab * sizeof(float), o->logits);
+            }
         }
         output_close(&out, !interrupted);
         kv_free(&kv, &sequence);
@@ -2411,7 +2475,7 @@ typedef struct {
 } Option;
 
 static Options options = {
-    .new_tokens = 128, .top_k = 50, .returns = 1, .seed = -1, .threads = 0, .batch = 12, .rows = 240,
+    .new_tokens = 128, .top_k = 50, .returns = 1, .seed = -1, .threads = 0, .batch = 12, .rows = 0,
     .temperature = 0.3, .top_p = 1, .min_p = 0, .penalty = 1,
 };
 
@@ -2427,7 +2491,7 @@ static const Option option_table[] = {
     { 0, "top-p", "P", REAL, &options.top_p, 0, 1, 0, "draw from the nucleus of probability P (1)" },
     { 0, "min-p", "P", REAL, &options.min_p, 0, 1, 0, "least share of the likeliest's probability (0)" },
     { 0, "repetition-penalty", "R", REAL, &options.penalty, 0, INFINITY, 1, "as in transformers (1)" },
-    { 'r', "num-return-sequences", "R", WHOLE, &options.returns, 1, 1 << 20, 0, "continuations of each prompt (1)" },
+    { 'r', "num-return-sequences", "R", WHOLE, &options.returns, 1, INT_MAX, 0, "continuations of each prompt (1)" },
     { 's', "seed", "S", WHOLE, &options.seed, 0, 9007199254740991.0, 0, "0 to 2^53 - 1, fixes every draw (the system's)" },
     { 0, "stop", "TEXT", STOP_TEXT, NULL, 0, 0, 0, "end before TEXT; may be repeated" },
     { 0, "ignore-eos", NULL, FLAG, &options.ignore_eos, 0, 0, 0, "go on past <|end|>" },
@@ -2435,9 +2499,9 @@ static const Option option_table[] = {
     { 0, "truncate", "left|right", CHOICE, &options.truncate, 0, 0, 0, "cut a prompt there until N tokens fit" },
     { 0, "no-special", NULL, FLAG, &options.no_special, 0, 0, 0, "read <|end|> in a prompt as plain text" },
     { 0, "json", NULL, FLAG, &options.json, 0, 0, 0, "one JSON object a prompt, one a line" },
-    { 'j', "threads", "J", WHOLE, &options.threads, 1, 1024, 0, "threads (the CPUs this process may use)" },
-    { 'b', "batch", "B", WHOLE, &options.batch, 1, 1 << 16, 0, "most sequences in work at once (12)" },
-    { 0, "rows", "N", WHOLE, &options.rows, 1, 1 << 20, 0, "most rows (tokens) in one pass (240)" },
+    { 'j', "threads", "J", WHOLE, &options.threads, 1, INT_MAX, 0, "threads (the CPUs this process may use)" },
+    { 'b', "batch", "B", WHOLE, &options.batch, 1, INT_MAX, 0, "most sequences in work at once (12)" },
+    { 0, "rows", "N", WHOLE, &options.rows, 1, INT_MAX, 0, "most rows (tokens) in one pass (240, or B)" },
     { 0, "tokenize", NULL, FLAG, &options.tokenize, 0, 0, 0, "print each prompt's token ids" },
     { 0, "detokenize", NULL, FLAG, &options.detokenize, 0, 0, 0, "lines of token ids in, their text out" },
     { 0, "logits", "FILE", TEXT, &options.logits, 0, 0, 0, "write the prompt's logits, fp32" },
@@ -2568,6 +2632,11 @@ static void parse_options(int argc, char **argv) {
     int commands = options.tokenize + options.detokenize + (options.logits != NULL) + options.info + options.verify;
     if (commands > 1) usage_error("--tokenize, --detokenize, --logits, --info and --verify exclude each other");
     if (options.quiet) options.verbose = false;
+    bool needs_prompt = !options.info && !options.verify && !options.help && !options.version;
+    if (needs_prompt && !options.prompt && !options.file && isatty(STDIN_FILENO)) {
+        fputs("usage: kl3m -p TEXT | -f FILE | < PROMPTS, a prompt a line; kl3m --help lists the options\n", stderr);
+        exit(USAGE);
+    }
 }
 
 // The first model there is where --help says one may be; a message with the names that were tried if there is none.
@@ -2650,6 +2719,7 @@ static int usable_cpus(void) {
 static void on_bus_error(int number) {
     (void)number;
     static const char message[] = "kl3m: the model file was cut or its disk failed while it was in use\n";
+    if (unfinished_file) unlink(unfinished_file);
     if (write(STDERR_FILENO, message, sizeof message - 1) < 0) {}
     _exit(FAILED);
 }
@@ -2678,9 +2748,7 @@ static int run_command(const char *program) {
 #ifndef KL3M_TEST   // tests/unit.c includes this file
 int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_DFL);                  // a closed pipe ends the program quietly, whoever started it
-    struct sigaction stop = { .sa_handler = on_signal };     // no SA_RESTART: a read that waits is interrupted
-    sigaction(SIGINT, &stop, NULL);
-    sigaction(SIGTERM, &stop, NULL);
+    catch_signals();
     signal(SIGBUS, on_bus_error);
     parse_options(argc, argv);
     terminal = isatty(STDOUT_FILENO);

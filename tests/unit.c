@@ -148,6 +148,11 @@ static int check_threads(void) {
         if (round % 5000 == 0) usleep(30000);      // long enough for the workers to fall asleep
     }
     threads_stop();
+    for (int cycle = 0; cycle < 3000; cycle++) {       // a worker must not miss the end, whatever it is doing then
+        threads_start(3);
+        for (int i = 0; i < 20; i++) parallel(5, count_piece, times);
+        threads_stop();
+    }
     return 0;
 }
 

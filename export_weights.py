@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Turn a GPT-NeoX model in Hugging Face layout into the one flat file that kl3m maps.
 
-In:  a directory with config.json, tokenizer.json and model.safetensors (or its index and shards).
+In:  a directory with config.json, tokenizer.json and model.safetensors (or its index and shards), or the
+     name of a model on the hub, whose files are found in huggingface_hub's cache or downloaded into it.
 Out: header, section table, then "config", "about", "tokenizer" and the weights as fp32, packed as the
      forward pass walks them, each at a 64-byte-aligned offset with a checksum (README.md: the format).
 
@@ -9,20 +10,29 @@ What kl3m would not compute exactly as the reference does is refused by name, be
 written. The same input gives the same bytes. Python 3.9 is all it needs, and room for 32 rows of a
 tensor at a time.
 
-Parts, in order: errors and JSON, config, safetensors, tensor table, weights, tokenizer, about, the
-file, command line. A part calls only parts above it.
+Parts, in order: errors and JSON, progress, config, safetensors, tensor table, weights, tokenizer, hub,
+about, the file, command line. A part calls only parts above it.
 """
 import argparse
+import contextlib
+import email.utils
+import fcntl
+import hashlib
+import http.client
 import json
 import math
 import os
+import random
 import re
 import secrets
 import shutil
 import signal
+import ssl
 import struct
 import sys
 import time
+import urllib.parse
+import urllib.request
 import zlib
 from array import array
 from collections import Counter, namedtuple
@@ -79,15 +89,57 @@ def is_count(value):
     return type(value) is int and value >= 0   # isinstance would let True pass
 
 
+# ---- Progress ----
+
+def draw(text):
+    """Text in place of the terminal's last line."""
+    width = shutil.get_terminal_size().columns - 1
+    print("\r" + text[:width].ljust(width), end="\r", file=sys.stderr, flush=True)
+
+
+def note(text):
+    """A line for the user; a bar gives way to it."""
+    if sys.stderr.isatty():
+        draw("")
+    print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """How far it is: a bar if standard error is a terminal, drawn at most ten times a second, else a line
+    every ten seconds."""
+
+    def __init__(self, total, done=0):
+        self.total, self.first, self.start = total, done, time.monotonic()
+        self.bar = sys.stderr.isatty()
+        self.drawn = 0.0 if self.bar else self.start
+
+    def show(self, name, done):
+        now = time.monotonic()
+        if done < self.first:   # begun again
+            self.first, self.start = done, now
+        if now - self.drawn < (0.1 if self.bar else 10):
+            return
+        self.drawn = now
+        rate = (done - self.first) / (now - self.start + 0.001)
+        minutes, seconds = divmod(int((self.total - done) / rate) if rate else 0, 60)
+        text = (f"{done / 1e6:.0f} of {self.total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s, "
+                f"{minutes}:{seconds:02} left  {name}")
+        if self.bar:
+            draw(f"[{'#' * (20 * done // self.total):20}] {text}")
+        else:
+            note(text)
+
+
 # ---- Config ----
 
 Config = namedtuple("Config", "hidden layers heads kv_heads head_size rotary_dims intermediate vocab "
                               "context parallel_residual rotary_base eps")   # as they lie in the file
 
 NOT_COMPUTED = "kl3m computes nothing else"
-SIZE_LIMIT = 1 << 24   # the most of anything that config.json counts
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
-         "max_position_embeddings")
+# The most that kl3m's read_config takes.
+SIZES = {"hidden_size": 1 << 16, "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12,
+         "intermediate_size": 1 << 18, "vocab_size": 1 << 22, "max_position_embeddings": 1 << 20}
+HEAD_SIZE_LIMIT = 1 << 12
 # Where kl3m computes one value only; it is also what transformers takes for a missing field.
 FIXED = {"model_type": "gpt_neox", "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}
 ROPE_NUMBERS = ("partial_rotary_factor", "rope_theta")
@@ -122,10 +174,9 @@ def read_config(config):
         expect_field(type(value) is type(only) and value == only, name, value, show(only), NOT_COMPUTED)
     parallel = config.get("use_parallel_residual", True)
     expect_field(type(parallel) is bool, "use_parallel_residual", parallel, "true or false")
-    for name in SIZES:
+    for name, most in SIZES.items():
         value = config.get(name)
-        ok = is_count(value) and 1 <= value <= SIZE_LIMIT
-        expect_field(ok, name, value, f"a whole number from 1 to {SIZE_LIMIT}")
+        expect_field(is_count(value) and 1 <= value <= most, name, value, f"a whole number from 1 to {most}")
     hidden, layers, heads, intermediate, vocab, context = (config[name] for name in SIZES)
     expect_field(hidden % heads == 0, "hidden_size", hidden, f"a multiple of num_attention_heads {heads}")
     for place in ("rope_parameters", "rope_scaling"):
@@ -135,11 +186,13 @@ def read_config(config):
             ok = name in ROPE_NUMBERS or name in ("rope_type", "type") and value == "default"
             expect_field(ok, f"{place}.{name}", value, 'only rope_type "default"', NOT_COMPUTED)
     head_size = hidden // heads
+    expect_field(head_size <= HEAD_SIZE_LIMIT, "hidden_size", hidden,
+                 f"at most {HEAD_SIZE_LIMIT} for each of num_attention_heads {heads}", NOT_COMPUTED)
     share = number_field(config, ("rotary_pct", "partial_rotary_factor"), 0.25, 0, 1)
     rotary_dims = int(head_size * share)
     expect_field(rotary_dims % 2 == 0, "rotary_pct (partial_rotary_factor)", share,
                  f"an even number of rotary dimensions, not {rotary_dims} of {head_size}", NOT_COMPUTED)
-    base = number_field(config, ("rotary_emb_base", "rope_theta"), 10000, 1, 1e18)
+    base = number_field(config, ("rotary_emb_base", "rope_theta"), 10000, 1, 1e12)
     eps = number_field(config, ("layer_norm_eps",), 1e-5, 1e-30, 1)
     return Config(hidden, layers, heads, 0, head_size, rotary_dims, intermediate, vocab, context,
                   parallel, base, eps)
@@ -156,7 +209,7 @@ Tensor = namedtuple("Tensor", "name path dtype shape offset size")   # offset in
 ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
 # What some versions saved beside the weights: kl3m makes the mask and the frequencies itself.
 BUFFER = re.compile(r"gpt_neox\.(layers\.\d+\.attention\.)?(bias|masked_bias|rotary_emb\.inv_freq)")
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MIXED = "index and shards are of different models: download them again"
 
 
@@ -190,16 +243,22 @@ def read_entry(path, name, entry, data_start, file_size):
     return Tensor(name, path, dtype, shape, data_start + ends[0], ends[1] - ends[0])
 
 
-def read_tensors(directory):
-    """{name: Tensor} of model.safetensors, or of the shards that its index names."""
-    single = os.path.join(directory, "model.safetensors")
-    if os.path.exists(single) or not os.path.exists(os.path.join(directory, INDEX)):
-        return read_safetensors(single)
+def read_index(directory):
+    """{tensor's name: shard's name}; no shard's name leads out of the directory."""
     shard_of = read_object(directory, INDEX).get("weight_map")
     expect(isinstance(shard_of, dict), f"{INDEX}: weight_map", shard_of, "an object", DAMAGED)
     for name, shard in shard_of.items():
         expect(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard), f"{INDEX}: {show(name)}",
                shard, "a plain file name", DAMAGED)
+    return shard_of
+
+
+def read_tensors(directory):
+    """{name: Tensor} of model.safetensors, or of the shards that its index names."""
+    single = os.path.join(directory, SINGLE)
+    if os.path.exists(single) or not os.path.exists(os.path.join(directory, INDEX)):
+        return read_safetensors(single)
+    shard_of = read_index(directory)
     tensors = {}
     for shard in sorted(set(shard_of.values())):
         for name, tensor in read_safetensors(os.path.join(directory, shard)).items():
@@ -545,9 +604,350 @@ def tokenizer_section(tokenizer, rows):
     return b"".join([header, merges, trie, u32s(node_token), u32s(byte_tokens), u32s(offsets), flags, *texts])
 
 
-# ---- About ----
+# ---- Hub ----
+# The cache is huggingface_hub's own: each finds what the other downloaded. A model's folder there has
+# blobs/ETAG, snapshots/COMMIT/FILE -> ../../blobs/ETAG, and refs/REVISION with the commit it stands for.
+# blobs/ETAG.incomplete is what came so far; the next run goes on with it.
 
 Source = namedtuple("Source", "directory name revision")   # real path; the name is the hub's if known
+Remote = namedtuple("Remote", "name commit etag size")     # a file as the hub describes it
+
+TRIES = 6            # in a row without a new byte before we give up
+BACK_OFF = 1.0       # seconds before the second try, twice as many before each further one
+LONGEST_WAIT = 300   # seconds, even where the server asks for more
+TIMEOUT = 30         # seconds without a sign of life
+REDIRECTS = 10
+CHUNK = 1 << 16      # bytes at a time
+
+COMMIT = "[0-9a-f]{40}"
+NO_HUB = "this is not how a hub answers: check HF_ENDPOINT and the network"
+NO_ADDRESS = "HF_ENDPOINT, a proxy or a redirect is not an address like https://HOST/...; correct it"
+
+
+class Broken(Exception):
+    """A fault that may pass: what, and the seconds that the server asks us to wait, or None."""
+
+
+class Missing(ExportError):
+    """The hub has no such file."""
+
+
+def switched_on(*names):
+    """Whether the first of these variables that is not empty says yes, in huggingface_hub's words."""
+    values = [os.environ[name] for name in names if os.environ.get(name)]
+    return bool(values) and values[0].upper() in ("1", "ON", "YES", "TRUE")
+
+
+def path_setting(name, default):
+    return os.path.expandvars(os.path.expanduser(os.environ.get(name, default)))
+
+
+def hub_token(home):
+    """The user's token, or "". No message may show it."""
+    if switched_on("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
+        return ""
+    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN", "")
+    path = path_setting("HF_TOKEN_PATH", os.path.join(home, "token"))
+    if not token.strip() and os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            token = file.read()
+    token = token.replace("\r", "").replace("\n", "").strip()
+    if not (token.isascii() and token.isprintable()):   # http.client would show it in its complaint
+        raise ExportError("HF_TOKEN or the token's file has characters that no token has; correct it")
+    return token
+
+
+def address(text, base=""):
+    """A full address and its (scheme, host, port). A bad one is not shown: it may hold a signature."""
+    try:
+        url = urllib.parse.urljoin(base, text)
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        ok = parts.hostname and parts.username is None and re.fullmatch("[!-~]+", url)
+    except (ValueError, KeyError):
+        ok = False
+    if not ok:
+        raise ExportError(NO_ADDRESS)
+    return url, (parts.scheme, parts.hostname, port)
+
+
+def retry_after(answer):
+    """Seconds, from a number or a date, or None."""
+    text = answer.headers.get("Retry-After", "").strip()
+    if re.fullmatch("[0-9]{1,9}", text):
+        return int(text)
+    try:
+        return max(0, email.utils.mktime_tz(email.utils.parsedate_tz(text)) - time.time())
+    except (TypeError, ValueError, OverflowError, IndexError):
+        return None
+
+
+def persist(what, action, reached=lambda: 0):
+    """action(), tried again after faults that may pass; a try after which reached() is more was not in vain."""
+    tries, best = 0, reached()
+    while True:
+        try:
+            return action()
+        except Broken as broken:
+            fault, wait = broken.args
+        now = reached()
+        tries, best = 1 if now > best else tries + 1, max(now, best)
+        if tries == TRIES:
+            raise ExportError(f"{what}: {fault}; given up after {tries} tries; run it again later, the download "
+                              "goes on where it stopped")
+        wait = BACK_OFF * 2 ** (tries - 1) * random.uniform(0.5, 1) if wait is None else min(wait, LONGEST_WAIT)
+        note(f"{what}: {fault}; next try in {wait:.0f} s")
+        time.sleep(wait)
+
+
+def is_whole(path, size):
+    return os.path.isfile(path) and os.path.getsize(path) == size
+
+
+def has_hash(path, etag):
+    """Whether this is the file that the hub means: by its sha256, or by the hash that git has for it."""
+    digest = hashlib.sha256()
+    if len(etag) == 40:
+        digest = hashlib.sha1(b"blob %d\0" % os.path.getsize(path), usedforsecurity=False)
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(CHUNK), b""):
+            digest.update(block)
+    return digest.hexdigest() == etag
+
+
+@contextlib.contextmanager
+def locked(path, what):
+    """Holds the lock that huggingface_hub takes for the same blob."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note(f"{what}: waiting for another download of it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Hub:
+    """A model on the hub, to be downloaded to its folder in the cache."""
+
+    def __init__(self, model, folder, token):
+        self.model, self.folder, self.token = model, folder, token
+        self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self.home = address(self.endpoint)[1]
+        # With these handlers alone there is no file: or ftp:, and no redirect that we have not looked at.
+        self.opener = urllib.request.OpenerDirector()
+        for handler in urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler:
+            self.opener.add_handler(handler())
+
+    def request(self, method, url, where, headers):
+        """One answer, whatever its status. The token goes to the hub alone."""
+        request = urllib.request.Request(url, None, {"User-Agent": PROGRAM, **headers}, method=method)
+        if self.token and where == self.home:
+            request.add_header("Authorization", f"Bearer {self.token}")
+        try:
+            return self.opener.open(request, timeout=TIMEOUT)
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)   # inside what urllib makes of it
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise ExportError(f"{where[1]}: {reason}; if your network has a certificate of its own, SSL_CERT_FILE "
+                                  "is for it")
+            raise Broken(f"{where[1]}: {str(reason) or type(reason).__name__}", None)
+        except ValueError:
+            raise ExportError(NO_ADDRESS)
+
+    def ask(self, method, name, revision, headers):
+        """The answer after all redirects. That to HEAD is the hub's own, which describes the file, and not
+        the one of another host where the file itself is."""
+        url, here = address("/".join((self.endpoint, self.model, "resolve", urllib.parse.quote(revision, safe=""),
+                                      urllib.parse.quote(name))))
+        for _ in range(REDIRECTS):
+            answer = self.request(method, url, here, headers)
+            target = answer.headers.get("Location") if answer.status // 100 == 3 else None
+            if target is None:
+                return self.checked(answer, f"{name} of {self.model} at revision {revision}")
+            before, (url, here) = here, address(target, url)
+            if before[0] == "https" != here[0]:
+                raise ExportError(f"{name}: {before[1]} sends us on without encryption; {NO_HUB}")
+            if method == "HEAD" and here != before and "X-Repo-Commit" in answer.headers:
+                return answer
+            answer.close()
+        raise ExportError(f"{name}: more than {REDIRECTS} redirects; {NO_HUB}")
+
+    def checked(self, answer, what):
+        """The answer, if its status is not that of a failure."""
+        status = answer.status
+        if status < 400 or status == 416:   # 416: the partial file is not the beginning of the server's
+            return answer
+        answer.close()
+        if status == 404:
+            raise Missing(f"{self.endpoint} has no {what}; check the name and --revision")
+        if status in (401, 403):
+            raise ExportError(f"{self.endpoint} does not give us {what} ({status}); check the name; if the model is "
+                              f"private or gated, accept the conditions on {self.endpoint}/{self.model} and set "
+                              f"HF_TOKEN to {'another' if self.token else 'a'} token that may read it")
+        if status in (408, 429) or status >= 500:
+            raise Broken(f"the server answers {status}", retry_after(answer))
+        raise ExportError(f"{self.endpoint} answers {status} for {what}; {NO_HUB}")
+
+    def describe(self, name, revision):
+        """The file as a Remote."""
+        answer = persist(name, lambda: self.ask("HEAD", name, revision, {}))
+        answer.close()
+        headers = answer.headers
+        commit = headers.get("X-Repo-Commit", "")
+        etag = (headers.get("X-Linked-Etag") or headers.get("ETag", "")).lstrip("W/").strip('"')
+        own_length = headers.get("Content-Length", "") if answer.status == 200 else ""   # else a redirect's
+        size = headers.get("X-Linked-Size") or own_length
+        for what, found, expected in (
+                ("X-Repo-Commit", commit, revision if re.fullmatch(COMMIT, revision) else COMMIT),
+                ("ETag", etag, COMMIT + "|[0-9a-f]{64}"), ("size", size, "[0-9]{1,15}")):
+            expect(re.fullmatch(expected, found), f"{self.endpoint}: {name}: {what}", found, expected, NO_HUB)
+        return Remote(name, commit, etag, int(size))
+
+    def receive(self, remote, file, progress):
+        """One request for what the partial file lacks."""
+        done = file.seek(0, os.SEEK_END)
+        if done >= remote.size:
+            file.truncate(remote.size)
+            return
+        with self.ask("GET", remote.name, remote.commit, {"Range": f"bytes={done}-"} if done else {}) as answer:
+            part = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+            if answer.status == 200:   # the whole file, whatever was asked for: it goes over what we have
+                done = file.seek(0)
+                total = answer.headers.get("Content-Length", "*")
+            elif answer.status == 206 and part and part[1] == str(done):
+                total = part[2]
+            else:
+                file.truncate(0)   # the next request is for the whole
+                raise Broken(f"the server does not send the bytes from {done} on ({answer.status})", None)
+            if total not in ("*", str(remote.size)):
+                raise Broken(f"the server announces {show(total)} bytes, not {remote.size}", None)
+            while done < remote.size:
+                try:
+                    data = answer.read1(min(CHUNK, remote.size - done))
+                except (OSError, http.client.HTTPException):
+                    data = b""
+                if not data:
+                    raise Broken(f"the connection broke after {done} of {remote.size} bytes", None)
+                file.write(data)
+                done += len(data)
+                progress.show(remote.name, done)
+
+    def fetch(self, remote, blob):
+        """The file as a blob, by way of the partial file."""
+        partial = blob + ".incomplete"
+        if is_whole(blob, remote.size):
+            return
+        for last in (False, True):
+            with open(partial, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as file:
+                progress = Progress(remote.size, file.seek(0, os.SEEK_END))
+                persist(remote.name, lambda: self.receive(remote, file, progress), lambda: file.seek(0, os.SEEK_END))
+                file.flush()
+                os.fsync(file.fileno())
+            if has_hash(partial, remote.etag):
+                os.replace(partial, blob)
+                return
+            os.unlink(partial)
+            if not last:
+                note(f"{remote.name}: what came is damaged; once more from the start")
+        raise ExportError(f"{remote.name}: twice what came has not the hash {remote.etag}; try again later")
+
+    def fetch_all(self, remotes, snapshot):
+        """Those of the files that the snapshot lacks, as names of blobs."""
+        blobs = os.path.join(self.folder, "blobs")
+        os.makedirs(blobs, exist_ok=True)
+        os.makedirs(snapshot, exist_ok=True)
+        files = [(remote, os.path.join(blobs, remote.etag), os.path.join(snapshot, remote.name)) for remote in remotes]
+        needed = 0
+        for remote, blob, name in files:
+            if not is_whole(blob, remote.size) and not is_whole(name, remote.size):
+                part = blob + ".incomplete"
+                needed += remote.size - (os.path.getsize(part) if os.path.exists(part) else 0)
+        free = shutil.disk_usage(blobs).free
+        expect(free >= needed, blobs, free, f"{needed} bytes of room", "make room, or set HF_HOME")
+        cache, folder = os.path.split(self.folder)
+        for remote, blob, name in files:
+            with locked(os.path.join(cache, ".locks", folder, remote.etag + ".lock"), remote.name):
+                if is_whole(name, remote.size):
+                    continue
+                self.fetch(remote, blob)
+                if os.path.lexists(name):
+                    os.unlink(name)
+                try:
+                    os.symlink(os.path.join("..", "..", "blobs", remote.etag), name)
+                except OSError:   # a disk without links
+                    os.replace(blob, name)
+
+    def download(self, revision):
+        """The directory of the snapshot, with all that an export needs."""
+        config = self.describe("config.json", revision)
+        note(f"downloading {self.model}, commit {config.commit}, to {self.folder}")
+        snapshot = os.path.join(self.folder, "snapshots", config.commit)
+        tokenizer = self.describe("tokenizer.json", config.commit)
+        try:
+            weights = self.describe(SINGLE, config.commit)
+        except Missing:
+            weights = self.describe(INDEX, config.commit)
+        self.fetch_all([config, tokenizer, weights], snapshot)
+        if weights.name == INDEX:
+            shards = sorted(set(read_index(snapshot).values()))
+            self.fetch_all([self.describe(shard, config.commit) for shard in shards], snapshot)
+        if revision != config.commit:   # at last: until now it may have stood for another whole snapshot
+            ref = os.path.join(self.folder, "refs", revision)
+            os.makedirs(os.path.dirname(ref), exist_ok=True)
+            with open(f"{ref}.{secrets.token_hex(4)}.tmp", "w") as file:
+                file.write(config.commit)
+            os.replace(file.name, ref)
+        return snapshot
+
+
+def cached_snapshot(folder, revision):
+    """The directory of a snapshot that is whole in the cache, or None."""
+    ref = os.path.join(folder, "refs", revision)
+    if os.path.isfile(ref):
+        with open(ref, encoding="utf-8", errors="replace") as file:
+            revision = file.read(100).strip()
+    if not re.fullmatch(COMMIT, revision):
+        return None
+    snapshot = os.path.join(folder, "snapshots", revision)
+
+    def has(name):
+        return os.path.isfile(os.path.join(snapshot, name))
+    weights = read_index(snapshot).values() if has(INDEX) and not has(SINGLE) else [SINGLE]
+    return snapshot if all(map(has, ["config.json", "tokenizer.json", *weights])) else None
+
+
+def hub_snapshot(model, revision):
+    """The directory of a model's snapshot in the cache, downloaded if it is not there."""
+    ok = re.fullmatch(r"\b[\w.-]+\b/\b[\w.-]+\b", model, re.ASCII) and "--" not in model and ".." not in model
+    expect(ok, "SOURCE", model, "a directory, or a name on the hub like org/model", "correct it")
+    ok = not {"", ".", ".."} & set(revision.split("/")) and revision.isprintable() and "\\" not in revision
+    expect(ok, "--revision", revision, "a branch, a tag or a commit", "correct it")
+    home = path_setting("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    cache = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))   # its older name
+    cache = path_setting("HF_HUB_CACHE", cache)
+    folder = os.path.join(cache, "models--" + model.replace("/", "--"))
+    snapshot = cached_snapshot(folder, revision)
+    if snapshot is None and switched_on("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        raise ExportError(f"{model} at revision {revision} is not whole in {folder}; unset HF_HUB_OFFLINE")
+    try:
+        return snapshot or Hub(model, folder, hub_token(home)).download(revision)
+    except OSError as error:   # the disk's: those of the network are dealt with above
+        raise ExportError(f"cannot download to {folder}: {error}; make room or set HF_HOME, and run it again: the "
+                          "download goes on where it stopped")
+
+
+def resolve(source, revision):
+    """The directory that SOURCE means, as a Source."""
+    path = os.path.realpath(source if os.path.isdir(source) else hub_snapshot(source, revision))
+    snapshot = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$", path)
+    if snapshot:
+        return Source(path, snapshot[1].replace("--", "/"), snapshot[2])
+    return Source(path, os.path.basename(path), "unknown")
+
+
+# ---- About ----
 
 KL3M = {"license": "CC-BY 4.0",
         "attribution": "KL3M model by the ALEA Institute (https://aleainstitute.ai), licensed under CC-BY "
@@ -555,18 +955,6 @@ KL3M = {"license": "CC-BY 4.0",
         "citation": "Bommarito, Katz, Bommarito: KL3M Tokenizers: A Family of Domain-Specific and "
                     "Character-Level Tokenizers for Legal, Financial, and Preprocessing Applications, "
                     "2025, arXiv:2503.17247"}
-
-
-def resolve(source):
-    """The directory that SOURCE means, as a Source."""
-    if not os.path.isdir(source):
-        raise ExportError(f"{source} is no directory, and downloading from the hub is not there yet; "
-                          "download the model and pass its directory")
-    path = os.path.realpath(source)
-    snapshot = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$", path)
-    if snapshot:
-        return Source(path, snapshot[1].replace("--", "/"), snapshot[2])
-    return Source(path, os.path.basename(path), "unknown")
 
 
 def card_license(directory):
@@ -672,32 +1060,11 @@ def write_model(out, sections, progress):
     finally:
         if os.path.lexists(part):
             os.unlink(part)
-        progress.line("")
 
 
 # ---- Command line ----
 
 STOPPERS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-
-class Progress:
-    """A bar on standard error if that is a terminal, drawn at most ten times a second."""
-
-    def __init__(self, total):
-        self.total, self.start, self.drawn = total, time.monotonic(), 0.0
-        self.on = sys.stderr.isatty()
-
-    def show(self, name, done):
-        now = time.monotonic()
-        if self.on and now - self.drawn > 0.1:
-            self.drawn = now
-            bar, rate = "#" * (20 * done // self.total), done / (now - self.start + 0.001) / 1e6
-            self.line(f"[{bar:20}] {done / 1e6:.0f} of {self.total / 1e6:.0f} MB, {rate:.0f} MB/s  {name}")
-
-    def line(self, text):
-        if self.on:
-            width = shutil.get_terminal_size().columns - 1
-            print("\r" + text[:width].ljust(width), end="\r", file=sys.stderr, flush=True)
 
 
 class Stopped(BaseException):
@@ -710,15 +1077,15 @@ def stop(number, _frame):
     raise Stopped(number)
 
 
-def export(source, out):
+def export(source, out, revision):
     start = time.monotonic()
-    source = resolve(source)
-    out = os.path.basename(source.directory) + ".bin" if out is None else out
-    sections = read_sections(source)
+    if out is None:   # realpath: SOURCE may be ".", or a link
+        out = os.path.basename(os.path.realpath(source)) + ".bin"
+    check_target(out, 0)   # before a long download
+    sections = read_sections(resolve(source, revision))
     progress = Progress(place(sections)[1])
     write_model(out, sections, progress)
-    print(f"{PROGRAM}: wrote {out}: {progress.total / 1e6:.1f} MB in "
-          f"{time.monotonic() - start:.1f} s", file=sys.stderr)
+    note(f"wrote {out}: {progress.total / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
 
 
 def main():
@@ -727,20 +1094,25 @@ def main():
         prog=PROGRAM, allow_abbrev=False,
         description="Turn a GPT-NeoX model in Hugging Face layout into the one file that kl3m reads.")
     parser.add_argument("source", metavar="SOURCE", help="directory with config.json, tokenizer.json and "
-                        "model.safetensors (or its index and shards)")
-    parser.add_argument("-o", "--output", metavar="OUT", help="the file to write (default: the base name "
-                        "of SOURCE's real path + .bin, in the current directory)")
+                        "model.safetensors (or its index and shards), or a model on the hub such as "
+                        "alea-institute/kl3m-002-170m")
+    parser.add_argument("-o", "--output", metavar="OUT", help="the file to write (default: the hub name's last "
+                        "part, or the base name of the directory's real path, + .bin, in the current directory)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")
     arguments = parser.parse_args()
+    revision = "main" if arguments.revision is None else arguments.revision
+    if arguments.revision is not None and os.path.isdir(arguments.source):
+        parser.error("--revision is for models on the hub, and SOURCE is a directory here")
     for number in STOPPERS:
         if signal.getsignal(number) != signal.SIG_IGN:   # as nohup leaves SIGHUP
             signal.signal(number, stop)
     try:
-        export(arguments.source, arguments.output)
+        export(arguments.source, arguments.output, revision)
     except (ExportError, OSError, RecursionError, MemoryError) as error:
-        print(f"{PROGRAM}: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        note(f"error: {str(error) or type(error).__name__}")
         return 1
     except Stopped as stopped:
-        print(f"{PROGRAM}: stopped", file=sys.stderr)
+        note("stopped")
         return 128 + stopped.args[0]
     return 0
 

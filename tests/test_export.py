@@ -548,7 +548,14 @@ def _():
         ("the share's value", config(rotary_pct=1.5), ["rotary_pct", "1.5", "from 0 to 1"]),
         ("the value's place", config(rope_parameters={"rope_type": "yarn"}), ["rope_parameters.rope_type", "yarn"]),
     ]
+    table += [   # what kl3m would refuse to load
+        (field, config(**{field: value}), [field, "from 1 to %d" % (value - 1)]) for field, value in [
+            ("num_hidden_layers", 4097), ("num_attention_heads", 4097), ("intermediate_size", 262145),
+            ("vocab_size", 4194305), ("max_position_embeddings", 1048577), ("hidden_size", 65537)]]
+    table += [("head size", config(hidden_size=4 * 4097), ["hidden_size", "at most 4096"]),
+              ("base", config(rotary_emb_base=1.1e12), ["rotary_emb_base", "1000000000000"])]
     check_all_refused(table)
+    exported(config(max_position_embeddings=1048576, rotary_emb_base=10 ** 12, rope_theta=10 ** 12))   # and these not
 
 
 @test("tensors that are missing, unknown, of another shape or dtype, or not finite are refused by name")
@@ -838,7 +845,7 @@ def _():
             ("a key twice in", lambda data: b'{"version": 1, ' + data[1:-1] + b', "version": 1}'),
             ("more after", lambda data: data + b"x")]]
     check_all_refused(table)
-    for source, words in (("alea-institute/kl3m-002-170m", ["directory", "download"]), ("", ["directory"]),
+    for source, words in (("no/such/directory", ["directory"]), ("", ["directory"]),
                           (ROOT / "export_weights.py", ["directory"])):
         code, err = run_inside(source, "-o", tmpdir() / "x.bin")
         expect((code, err.count("\n")), (1, 1), err)
@@ -954,7 +961,8 @@ def _():
     for word in ("-h", "--help"):
         done = run_export(word)
         expect((done.code, done.err), (0, ""))
-        for name in ("SOURCE", "-o", "--output", "OUT", "config.json", "tokenizer.json", "model.safetensors"):
+        for name in ("SOURCE", "-o", "--output", "OUT", "--revision", "config.json", "tokenizer.json",
+                     "model.safetensors"):
             assert name in done.text, done.text
 
 

@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
 """Makes tests/tiny: composes the text (tiny_grammar.py), learns the tokenizer, trains, writes.
 
-    nice -n 5 python3 tests/make_tiny.py OUT_DIRECTORY --minutes 30
+    nice -n 5 python3 tests/make_tiny.py DIRECTORY --minutes 26
+    nice -n 5 python3 tests/make_tiny.py DIRECTORY --go-on --minutes 6 --rate 1e-3 --seed 5 --documents 30000
 
-needs torch and tokenizers, which nothing else here does.
+made it, on two cores that other work shared: 7.9 million tokens in 32 minutes, none of them twice. On
+1,000 held-out documents the model, as saved, pays 0.2429 nats a token, where the choices of the grammar
+hold 0.2133: 14% more. What the clock allows decides how many steps there are, so another run gives
+another model as good as its machine is fast. It needs what requirements.txt lists.
 """
 import argparse
 import json
@@ -15,12 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, trainers
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, trainers
 
 from models import SPECIAL, byte_alphabet, write_safetensors
 from tiny_grammar import Composer
 
-VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, WIDE, CONTEXT = 2048, 192, 4, 6, 3, 512, 512
+VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, WIDE, CONTEXT = 2048, 192, 4, 4, 2, 512, 512
 SIZE = HIDDEN // HEADS
 ROTARY = SIZE // 4
 START, END = 0, 1
@@ -29,21 +34,25 @@ START, END = 0, 1
 
 # Found before the BPE sees the text, as in the real tokenizer.
 ADDED = ([" " * n for n in range(1, 17)] + ["\n" * n for n in range(1, 17)]
-         + [str(year) for year in [1776, *range(1934, 1936), *range(1954, 1956), *range(1984, 1986), *range(1995, 2027)]]
-         + ["(%s)" % c for c in "abcdefghijklmnopqrstuvwxyz"] + ["(%s)" % r for r in "ii iii iv vi vii viii ix".split()]
+         + [str(year) for year in (1776, 1934, 1935, 1954, 1955, 1984, 1985, *range(1995, 2027))]
+         + ["(%s)" % c for c in "abcdefghijklmnopqrstuvwxyz"]
+         + ["(%s)" % numeral for numeral in "ii iii iv vi vii viii ix".split()]
          + ["(%d)" % n for n in range(1, 10)])
 
 
 def learn_tokenizer(texts):
     """tokenizer.json as a dict: byte-level BPE learnt between the added tokens."""
     cut = re.compile("|".join(map(re.escape, sorted(ADDED, key=len, reverse=True))))
+    def byte_level(prefix, offsets):
+        return {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": offsets, "use_regex": True}
+
     frame = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "pre_tokenizer": byte_level(False, True), "post_processor": byte_level(True, False),
+        "decoder": byte_level(True, True),
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": {}, "merges": []},
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": {},
+                  "merges": []},
     }
     learner = Tokenizer.from_str(json.dumps(frame))
     trainer = trainers.BpeTrainer(vocab_size=VOCAB - len(ADDED), special_tokens=SPECIAL, show_progress=False,
@@ -51,12 +60,16 @@ def learn_tokenizer(texts):
     learner.train_from_iterator((piece for text in texts for piece in cut.split(text) if piece), trainer)
     learnt = json.loads(learner.to_str())["model"]
     frame["model"]["vocab"] = learnt["vocab"]
-    frame["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in learnt["merges"]]
+    frame["model"]["merges"] = [" ".join(pair) for pair in learnt["merges"]]
     first = len(learnt["vocab"])
-    for number, (content, special) in [*enumerate((text, True) for text in SPECIAL),
-                                       *enumerate(((text, False) for text in ADDED), first)]:
+
+    def add(number, content, special):
         frame["added_tokens"].append({"id": number, "content": content, "single_word": False, "lstrip": False,
                                       "rstrip": False, "normalized": not special, "special": special})
+    for number, content in enumerate(SPECIAL):
+        add(number, content, True)
+    for number, content in enumerate(ADDED, first):
+        add(number, content, False)
     assert first + len(ADDED) == VOCAB, "the text has too few words for so many merges"
     return frame
 
@@ -158,7 +171,7 @@ def held_out(model, docs):
 
 def config():
     return {
-        "_name_or_path": "kl3m-tiny", "architectures": ["GPTNeoXForCausalLM"], "attention_bias": True,
+        "_name_or_path": "tiny-clauses", "architectures": ["GPTNeoXForCausalLM"], "attention_bias": True,
         "attention_dropout": 0.0, "bos_token_id": START, "eos_token_id": END, "hidden_act": "gelu",
         "hidden_dropout": 0.0, "hidden_size": HIDDEN, "initializer_range": 0.02, "intermediate_size": WIDE,
         "layer_norm_eps": 1e-5, "max_position_embeddings": CONTEXT, "model_type": "gpt_neox",
@@ -169,44 +182,61 @@ def config():
     }
 
 
-def save(model, directory):
-    """config.json and model.safetensors under GPT-NeoX's names, rounded to bf16."""
-    tensors = {}
-    for name, weight in model.state_dict().items():
+def gpt_neox_names(model):
+    """{GPT-NeoX's name: parameter}"""
+    names = {}
+    for name, weight in model.named_parameters():
         for part, parent in (("query_key_value", "attention"), ("dense", "attention"),
                              ("dense_h_to_4h", "mlp"), ("dense_4h_to_h", "mlp")):
             name = name.replace(".%s." % part, ".%s.%s." % (parent, part))
-        if name != "embed_out.weight":
-            name = "gpt_neox." + name
-        bits = weight.bfloat16().contiguous().view(torch.int16)
+        names[name if name == "embed_out.weight" else "gpt_neox." + name] = weight
+    return names
+
+
+def save(model, directory):
+    """config.json and model.safetensors, rounded to bf16."""
+    tensors = {}
+    for name, weight in gpt_neox_names(model).items():
+        bits = weight.detach().bfloat16().view(torch.int16)
         tensors[name] = ("BF16", list(weight.shape), bits.numpy().tobytes())
     (directory / "config.json").write_text(json.dumps(config(), indent=2) + "\n")
     write_safetensors(directory / "model.safetensors", tensors)
 
 
+def load(model, directory):
+    saved = load_file(directory / "model.safetensors")
+    for name, weight in gpt_neox_names(model).items():
+        weight.data = saved[name].float()
+
+
 # ---- Training ---------------------------------------------------------------------------------
 
-def train(model, rows, docs, directory, minutes, rate, batch):
-    """AdamW over rows, each once, for so many minutes: the rate follows the clock."""
+def train(model, rows, docs, directory, minutes, rate, halved):
+    """AdamW over the rows, each once if there are enough, for so many minutes by the clock. In the
+    first part of the time, `halved`, it takes half rows, which are cheaper, and fewer tokens a step."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0}],
-                                  betas=(0.9, 0.98), eps=1e-9)
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-9)
     begun = saved = time.monotonic()
-    step = seen = 0
+    step = seen = at = 0
     while (done := (time.monotonic() - begun) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
-        at = step * batch % (len(rows) - batch + 1)
+            group["lr"] = rate * min(1, (step + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * done))
+        batch = rows[at:at + (4 if done < halved else 8)].long()
+        at = (at + len(batch)) % len(rows)
+        if done < halved:
+            batch = torch.cat([batch[:, :CONTEXT // 2 + 1], batch[:, CONTEXT // 2:]])
         with torch.autocast("cpu", torch.bfloat16):
-            loss = token_losses(model, rows[at:at + batch].long()).mean()
+            loss = token_losses(model, batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step, seen = step + 1, seen + batch * CONTEXT
+        step, seen = step + 1, seen + batch.shape[0] * (batch.shape[1] - 1)
         if step % 50 == 0:
-            print("%6.1f min  step %5d  %9d tokens  loss %.4f" % (done * minutes, step, seen, loss), flush=True)
+            print("%6.1f min  step %5d  %9d tokens  loss %.4f" % (done * minutes, step, seen, loss.item()),
+                  flush=True)
         if time.monotonic() - saved > 180:
             saved = time.monotonic()
             save(model, directory)
@@ -215,12 +245,13 @@ def train(model, rows, docs, directory, minutes, rate, batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--documents", type=int, default=60000)
+    parser.add_argument("--documents", type=int, default=100000)
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=3, help="of the text")
+    parser.add_argument("--go-on", action="store_true", help="from the model that is in the directory")
     args = parser.parse_args()
     torch.manual_seed(1)
     torch.set_num_threads(2)
@@ -232,17 +263,21 @@ def main():
     (args.directory / "tokenizer.json").write_text(text, encoding="utf-8")
     tokenizer = Tokenizer.from_str(text)
     held = documents(tokenizer, 1000, seed=2)
-    rows = pack(documents(tokenizer, args.documents, seed=3), random.Random(4))
+    rows = pack(documents(tokenizer, args.documents, args.seed), random.Random(4))
     model = Model()
-    print("%d rows, %d parameters" % (len(rows), sum(p.numel() for p in model.parameters())), flush=True)
-    print("held-out documents: %.0f tokens on average, %d longer than the context" % (
-        sum(len(ids) for ids, _ in held) / len(held), sum(len(ids) > CONTEXT for ids, _ in held)), flush=True)
+    if args.go_on:
+        load(model, args.directory)
+    print("%d rows, %d parameters" % (len(rows), sum(p.numel() for p in model.parameters())))
+    print("held-out documents: %.0f tokens on average, %d of %d longer than the context" % (
+        sum(len(ids) for ids, _ in held) / len(held), sum(len(ids) > CONTEXT for ids, _ in held), len(held)),
+        flush=True)
 
-    seen = train(model, rows, held, args.directory, args.minutes, args.rate, args.batch)
+    seen = train(model, rows, held, args.directory, args.minutes, args.rate, 0 if args.go_on else 0.5)
     for weight in model.parameters():
         weight.data = weight.data.bfloat16().float()
     save(model, args.directory)
-    print("%d tokens seen; held out, as saved: loss %.4f, entropy %.4f nats a token" % (seen, *held_out(model, held)))
+    print("%d tokens seen" % seen)
+    print("held out, as saved: loss %.4f, entropy %.4f nats a token" % held_out(model, held))
 
 
 if __name__ == "__main__":

@@ -1288,7 +1288,7 @@ static void attention_piece(void *arg, int piece, int thread) {
     int head = piece % c->kv_heads, sharing = c->heads / c->kv_heads, size = c->head_size, slots = span->slots;
     float *query = w->scratch[thread], *out = query + (long)padded(size) * TILE, *scores = out + (long)padded(size) * TILE;
     float scale = 1.0f / sqrtf((float)size);
-    int row[TILE], column[TILE], position[TILE];           // of each slot: its row, its query head's first column
+    int row[TILE] = {0}, column[TILE] = {0}, position[TILE] = {0};     // of each slot; column: its query head's first
     for (int s = 0; s < slots; s++) {
         row[s] = span->first_row + (span->first_slot + s) / sharing;
         column[s] = (head * sharing + (span->first_slot + s) % sharing) * size;

@@ -557,3 +557,16 @@ def _():
     shared.mkdir(parents=True)
     shutil.copy(good, shared / "kl3m-002-170m.bin")
     expect(run(XDG_DATA_HOME=None).out, b"Q\n")
+
+
+@test("no core is kept busy while the program waits for a prompt")
+def _():
+    child = subprocess.Popen([str(KL3M), "-m", str(model()), "-n2", "-j", "4"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdin.write(b"Q\n")
+    child.stdin.flush()
+    child.stdout.readline()   # answered at once, though the input has not ended
+    time.sleep(1)
+    child.stdin.close()
+    _, status, used = os.wait4(child.pid, 0)
+    child.stdout.close()
+    assert status == 0 and used.ru_utime + used.ru_stime < 0.5, (status, used)

@@ -1858,7 +1858,11 @@ static int next_record(Records *in, bool wait, char **text, size_t *n) {
             return 1;
         }
         if (in->ended) return -1;
-        if (!wait_for_input(in->fd, wait)) return 0;
+        if (!wait_for_input(in->fd, false)) {
+            if (!wait) return 0;
+            flush_stdout();                    // whoever waits has shown what there is
+            if (!wait_for_input(in->fd, true)) return 0;
+        }
 
         in->buffer.size -= in->start;
         if (in->start && in->buffer.size) memmove(in->buffer.data, in->buffer.data + in->start, in->buffer.size);
@@ -2083,13 +2087,18 @@ static void prompts_close(Prompts *p) {
     free(p->records.buffer.data);
 }
 
+// A text's ids, into ids[], which has room for n. Returns how many.
+static size_t encode(Model *m, const Options *o, const char *text, size_t n, uint32_t *ids) {
+    ptrdiff_t count = tokenizer_encode(&m->tokenizer, text, n, o->no_special, ids);
+    if (count < 0) die("out of memory for a prompt of %zu bytes", n);
+    return (size_t)count;
+}
+
 // The ids that the model is given for a text, in r: cut as --truncate says, <|start|> for an empty one. A text that
 // cannot be run leaves its reason in r->error.
 static void give_tokens(Request *r, Model *m, const Options *o, long new_tokens) {
     r->ids = allocate(r->prompt_size + 1, sizeof *r->ids);
-    ptrdiff_t encoded = tokenizer_encode(&m->tokenizer, r->prompt, r->prompt_size, o->no_special, r->ids);
-    if (encoded < 0) die("out of memory for a prompt of %zu bytes", r->prompt_size);
-    size_t count = (size_t)encoded;
+    size_t count = encode(m, o, r->prompt, r->prompt_size, r->ids);
     size_t context = (size_t)m->c.context, most = new_tokens > 0 ? context - 1 : context;
     size_t keep = o->truncate ? context - (size_t)(new_tokens < m->c.context ? new_tokens : m->c.context) : most;
     if (count == 0 && m->start_token == TOKENIZER_NONE) {
@@ -2210,14 +2219,23 @@ static void show_request(void *arg, Request *r) {
 
 // After a signal: what is finished is printed, and an empty place for what stands unfinished before it.
 static void show_interrupted(Generation *g) {
-    Request *end = g->s.first;
-    for (Request *r = g->s.first; r; r = r->next)
-        if (r->done || g->stream) end = r->next;
-    while (g->s.first != end) {
-        Request *r = g->s.first;
+    const Scheduler *s = &g->s;
+    Request *end = s->first;
+    for (Request *r = s->first; r; r = r->next) {
+        bool some = r->done || g->stream;
+        for (int i = r->delivered; !g->o->json && !r->error && i < s->returns; i++)
+            some |= r->continuations[i].reason != UNDECIDED;
+        if (some) end = r->next;
+    }
+    while (s->first != end) {
+        Request *r = s->first;
         g->s.first = r->next;
         if (!r->done && g->o->json) r->error = format_string("interrupted");
-        while (r->done && !r->error && r->delivered < g->s.returns) show_line(g, &r->continuations[r->delivered++]);
+        for (; !g->o->json && !r->error && !g->stream && r->delivered < s->returns; r->delivered++) {
+            Continuation *c = &r->continuations[r->delivered];
+            if (c->reason == UNDECIDED) write_all(stdout, g->o->null ? "" : "\n", 1, "standard output");
+            else show_line(g, c);
+        }
         show_request(g, r);
     }
 }
@@ -2272,13 +2290,6 @@ static void append_ids(Bytes *out, const uint32_t *ids, size_t n) {
     out->size = (size_t)(at - out->data);
 }
 
-// What has been gathered goes out: when there is no more input just now, or enough of it.
-static void write_idle(Bytes *out) {
-    write_all(stdout, out->data, out->size, "standard output");
-    flush_stdout();
-    out->size = 0;
-}
-
 static int tokenize(const Options *o, Model *m) {
     Prompts prompts = prompts_open(o);
     Bytes out = {0};
@@ -2286,18 +2297,13 @@ static int tokenize(const Options *o, Model *m) {
     size_t room = 0, n;
     char *text;
     long line;
-    for (int got; !interrupted;) {
-        got = next_prompt(&prompts, false, &text, &n, &line);
-        if (got < 1 || out.size > 1 << 20) write_idle(&out);
-        if (got == 0) got = next_prompt(&prompts, true, &text, &n, &line);
-        if (got < 0) break;
-        if (got == 0) continue;
+    while (!interrupted && next_prompt(&prompts, true, &text, &n, &line) == 1) {
         ids = grow(ids, &room, (n + 1) * sizeof *ids);
-        ptrdiff_t count = tokenizer_encode(&m->tokenizer, text, n, o->no_special, ids);
-        if (count < 0) die("out of memory for a prompt of %zu bytes", n);
-        append_ids(&out, ids, (size_t)count);
+        out.size = 0;
+        append_ids(&out, ids, encode(m, o, text, n, ids));
+        write_all(stdout, out.data, out.size, "standard output");
     }
-    write_idle(&out);
+    flush_stdout();
     free(out.data);
     free(ids);
     prompts_close(&prompts);
@@ -2335,13 +2341,8 @@ static int detokenize(const Options *o, const Model *m) {
     Bytes out = {0}, text = {0};
     char *s;
     size_t n, bad = 0;
-    for (int got; !interrupted;) {
-        got = next_record(&in, false, &s, &n);
-        if (got < 1 || out.size > 1 << 20) write_idle(&out);
-        if (got == 0) got = next_record(&in, true, &s, &n);
-        if (got < 0) break;
-        if (got == 0) continue;
-        text.size = 0;
+    while (!interrupted && next_record(&in, true, &s, &n) == 1) {
+        text.size = out.size = 0;
         if (decode_line(m, s, n, &text, &bad)) append_text(&out, text.data, text.size, o->null ? ZERO_ENDED : LINE);
         else {
             size_t length = 0;
@@ -2353,8 +2354,9 @@ static int detokenize(const Options *o, const Model *m) {
             status = SOME_FAILED;
         }
         append(&out, o->null ? "" : "\n", 1);
+        write_all(stdout, out.data, out.size, "standard output");
     }
-    write_idle(&out);
+    flush_stdout();
     if (in.fd != STDIN_FILENO) close(in.fd);
     free(in.buffer.data);
     free(text.data);

@@ -462,8 +462,11 @@ static ptrdiff_t encode_from(Tokenizer *t, int trie, const char *s, size_t n, bo
             if (more < 0) return -1;
             count += more;
         }
-        if (token != TOKENIZER_NONE) ids[count++] = token;
-        start = i += length;
+        if (token != TOKENIZER_NONE) {
+            ids[count++] = token;
+            i += length;
+        }
+        start = i;
     }
     return count;
 }

@@ -570,3 +570,19 @@ def _():
     _, status, used = os.wait4(child.pid, 0)
     child.stdout.close()
     assert status == 0 and used.ru_utime + used.ru_stime < 0.5, (status, used)
+
+
+@test("the lines of -r come out as they are finished, and Ctrl-C loses none of them")
+def _():
+    child = start("-r", 100000, "-n", 20, "--ignore-eos", "-s", 1, "-p", "Q")
+    first = child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    rest = child.stdout.read()
+    expect(child.wait(timeout=20), 130)
+    whole = kl3m("-r", 40, "-n", 20, "--ignore-eos", "-s", 1, "-p", "Q").out.split(b"\n")[:-1]
+    lines = (first + rest).split(b"\n")
+    expect(lines.pop(), b"", "the last line is whole")
+    # An unfinished continuation before a finished one leaves its place empty.
+    for number, (got, want) in enumerate(zip(lines, whole)):
+        assert got in (want, b""), (number, got, want)
+    assert lines[0] == whole[0] and lines[-1] != b"", lines[-3:]

@@ -32,6 +32,10 @@ $(MODEL):
 test: $(OUT)
 	$(PYTHON) tests/run.py
 
+# How fast the model is here, against this machine's own limits.
+bench: $(OUT) $(MODEL)
+	./$(OUT) -m $(MODEL) --bench
+
 # The model goes along if it is here.
 install: $(OUT)
 	install -d "$(DESTDIR)$(PREFIX)/bin"
@@ -47,4 +51,4 @@ uninstall:
 clean:
 	rm -f $(OUT) demo.bin
 
-.PHONY: demo model test install uninstall clean
+.PHONY: demo model test bench install uninstall clean

@@ -36,7 +36,7 @@
 //    9. Scheduling    requests, the rows of the next pass, stop rules
 //   10. Input         prompts: lines, escapes
 //   11. Output        text and JSON, in the order of the prompts
-//   12. Commands      generate, tokenize, detokenize, logits, info, verify
+//   12. Commands      generate, tokenize, detokenize, logits, info, verify, bench
 //   13. Options       the table that the parser and --help read
 //   14. Main
 
@@ -53,6 +53,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <spawn.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -61,6 +62,7 @@
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -101,6 +103,7 @@ enum { OK = 0, FAILED = 1, USAGE = 2, SOME_FAILED = 3 };   // and 128 + a signal
 
 static const char *volatile unfinished_file;   // removed if the program ends before it is whole
 static volatile sig_atomic_t interrupted;      // the exit status a signal asked for, or 0
+static char program[PATH_MAX];                 // the file that runs, or the name it was called by
 static int stop_pipe[2] = { -1, -1 };          // readable once a signal has come: for those who wait in poll
 static const int stop_signals[] = { SIGINT, SIGTERM, SIGHUP };
 
@@ -499,6 +502,8 @@ typedef struct {
                    float *out, long row_stride, long block_stride);
     void (*layer_norm)(int rows, int n, float eps, const float *x, const float *weight, const float *bias, float *y);
     float (*softmax)(int keys, float *scores);
+    float (*read)(long n, const float *p);
+    double (*multiply_add)(int n, float *sink);
     bool (*fuses)(void);
 } Kernels;
 
@@ -785,6 +790,37 @@ static TARGET float NAME(softmax)(int keys, float *scores) {
     return NAME(fold)(sum);
 }
 
+// What --bench holds this CPU to, apart from everything above. Reads n floats, a multiple of 4 blocks.
+static TARGET float NAME(read)(long n, const float *p) {
+    float sum[BLOCK] = {0};
+    vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+    for (long i = 0; i < n; i += 4 * LANES) {
+        s0 += LOAD(p + i), s1 += LOAD(p + i + LANES), s2 += LOAD(p + i + 2 * LANES), s3 += LOAD(p + i + 3 * LANES);
+    }
+    STORE(sum, s0 + s1 + s2 + s3);
+    return NAME(fold)(sum);
+}
+
+// n fused multiply-adds into each of product_rows' sums, with nothing to load. Returns the floating-point operations.
+static TARGET double NAME(multiply_add)(int n, float *sink) {
+#define START_PEAK(r) vec s##r = SPLAT(r), t##r = SPLAT(r + 12), u##r = SPLAT(r + 24), v##r = SPLAT(r + 36);
+#define STEP_PEAK(r) \
+    if (r < ROWS) { \
+        s##r = FMA(x, y, s##r), t##r = FMA(x, y, t##r); \
+        if (VECTORS > 2) u##r = FMA(x, y, u##r), v##r = FMA(x, y, v##r); \
+    }
+#define FINISH_PEAK(r) y += s##r + t##r + u##r + v##r;
+    vec x = SPLAT(0.5f), y = SPLAT(0.25f);
+    EACH_ROW(START_PEAK)
+    for (int i = 0; i < n; i++) { EACH_ROW(STEP_PEAK) }
+    EACH_ROW(FINISH_PEAK)
+    *sink = y[0];
+    return 2.0 * n * ROWS * VECTORS * LANES;
+#undef START_PEAK
+#undef STEP_PEAK
+#undef FINISH_PEAK
+}
+
 // Has the compiler fused a product and a difference of its own accord, against rule 2? (1 + 2^-12)^2 is 1 + 2^-11 when
 // it is rounded by itself.
 static TARGET bool NAME(fuses)(void) {
@@ -796,8 +832,8 @@ static TARGET bool NAME(fuses)(void) {
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 static const Kernels NAME(kernels) = {
-    .name = STRING(KIND), .product = NAME(product), .finish = NAME(finish), .layer_norm = NAME(layer_norm), .softmax = NAME(softmax),
-    .fuses = NAME(fuses),
+    .name = STRING(KIND), .product = NAME(product), .finish = NAME(finish), .layer_norm = NAME(layer_norm),
+    .softmax = NAME(softmax), .read = NAME(read), .multiply_add = NAME(multiply_add), .fuses = NAME(fuses),
 };
 
 #undef STRING_
@@ -1607,6 +1643,7 @@ typedef struct {
     int n_running;
     Row *rows;                 // [max_rows]
     long passes, rows_run, tokens_drawn;
+    double first_token;        // when it was drawn, in seconds()
 } Scheduler;
 
 typedef struct { Continuation *c; const float *logits; uint32_t token; bool finite; } Draw;
@@ -1677,6 +1714,7 @@ static void finish(Scheduler *s, Continuation *c) {
 // Draws a token for each of n continuations, all at once.
 static void draw_all(Scheduler *s, Draw *draws, int n) {
     parallel(n, draw_piece, &(DrawJob){ s, draws });
+    if (n > 0 && s->tokens_drawn == 0) s->first_token = seconds();
     for (int i = 0; i < n; i++) {
         Continuation *c = draws[i].c;
         if (!draws[i].finite) die_not_finite(s->m);
@@ -1766,16 +1804,20 @@ static int gather(Scheduler *s, Draw *draws, int *n_draws) {
     return n;
 }
 
+// The rows to make room for: those asked for, or if none were (0) the usual number, but never more than can be used.
+static int rows_of_pass(long asked, int usual, long most) {
+    long rows = asked == 0 ? usual : asked < MAX_ROWS ? asked : MAX_ROWS;
+    return (int)(rows < most ? rows : most);
+}
+
 // Runs requests until the source has no more, or a signal comes.
 static void schedule(Scheduler *s) {
     size_t vocab = (size_t)s->m->c.vocab;
     // What is allowed is not always used: more rows than this cannot be in a pass, or pay for their memory.
     if (s->batch > MAX_BATCH) s->batch = MAX_BATCH;
-    if (s->max_rows == 0) s->max_rows = s->batch > USUAL_ROWS ? s->batch : USUAL_ROWS;
-    if (s->max_rows < s->batch) s->batch = s->max_rows;
     long most = (long)s->batch * s->m->c.context;
-    if (most > MAX_ROWS) most = MAX_ROWS;
-    if (s->max_rows > most) s->max_rows = (int)most;
+    s->max_rows = rows_of_pass(s->max_rows, s->batch > USUAL_ROWS ? s->batch : USUAL_ROWS, most);
+    if (s->max_rows < s->batch) s->batch = s->max_rows;
     s->kv = kv_open(&s->m->c);
     s->work = work_open(s->m, s->work.kernels, s->max_rows, s->batch);
     s->running = allocate((size_t)s->batch, sizeof *s->running);
@@ -2047,8 +2089,8 @@ typedef struct {
     const char *model, *prompt, *file, *truncate, *logits;
     const char *stops[MAX_STOPS];
     int n_stops;
-    bool no_escape, null, ignore_eos, no_echo, no_special, json, tokenize, detokenize, info, verify, quiet, verbose,
-         help, version;
+    bool no_escape, null, ignore_eos, no_echo, no_special, json, tokenize, detokenize, info, verify, bench, quiet,
+         verbose, help, version;
     long new_tokens, top_k, returns, seed, threads, batch, rows;   // seed -1: drawn from the system
     double temperature, top_p, min_p, penalty;
 } Options;
@@ -2257,11 +2299,15 @@ static int generate(const Options *o, Model *m, const Kernels *kernels) {
     double start = seconds();
     schedule(&g.s);
     if (interrupted) show_interrupted(&g);
-    double taken = seconds() - start;
-    if (o->verbose)
+    double end = seconds();
+    if (o->verbose) {
         fprintf(stderr, "kl3m: %ld passes, %ld rows, %ld new tokens in %.3f s, %.1f tokens/s, %s, %d threads\n",
-                g.s.passes, g.s.rows_run, g.s.tokens_drawn, taken, (double)g.s.tokens_drawn / taken, kernels->name,
-                pool.threads);
+                g.s.passes, g.s.rows_run, g.s.tokens_drawn, end - start, (double)g.s.tokens_drawn / (end - start),
+                kernels->name, pool.threads);
+        if (g.s.tokens_drawn > 1)
+            fprintf(stderr, "kl3m: first token after %.3f s, %ld more at %.2f tokens/s\n", g.s.first_token - start,
+                    g.s.tokens_drawn - 1, (double)(g.s.tokens_drawn - 1) / (end - g.s.first_token));
+    }
     while (g.s.first) {
         Request *r = g.s.first;
         g.s.first = r->next;
@@ -2385,8 +2431,7 @@ static int write_logits(const Options *o, Model *m, const Kernels *kernels) {
         fprintf(stderr, "kl3m: %s\n", r.error);
         status = SOME_FAILED;
     } else {
-        int most = o->rows == 0 ? USUAL_ROWS : o->rows < MAX_ROWS ? (int)o->rows : MAX_ROWS;
-        int rows = most < r.n ? most : r.n;
+        int rows = rows_of_pass(o->rows, USUAL_ROWS, r.n);
         Work w = work_open(m, kernels, rows, rows);
         KVCache kv = kv_open(&m->c);
         Sequence sequence = {0};
@@ -2460,6 +2505,269 @@ static int verify(const Model *m) {
     return OK;
 }
 
+// --bench. The limit of a piece of work is the roofline (Williams, Waterman and Patterson 2009): the bytes it must read
+// over the bandwidth, or its operations over the peak of fused multiply-adds, whichever takes longer. On a shared
+// machine both change within seconds, so each window of work stands between two measurements of them, and the share is
+// the median of the windows' own shares.
+
+extern char **environ;         // macOS declares it nowhere
+static const char bench_prompt[] = "Governing Law.\nThis Agreement";
+
+enum { WINDOWS = 15, READ_FLOATS = 65536, PEAK_PIECES = 16, PEAK_STEPS = 50000, BAR = 24 };
+
+typedef struct { double bandwidth, peak; } Limits;     // bytes and floating-point operations a second
+
+typedef struct {
+    const char *title;         // with a %d for the tokens of a prompt or of the context
+    int sequences, from, tokens, rows;   // of each sequence: first position, tokens in a window, rows in a pass
+    int step;                  // positions that a window begins behind the one before it: 0, or its tokens
+    int about;                 // the title's number
+    double speed, limit, share;          // tokens a second, tokens a second, medians
+} BenchWork;
+
+typedef struct {
+    const Model *m;
+    Work work;
+    KVCache kv;
+    Sequence *sequences;
+    Row *rows;
+    int parts;                 // of the model's file, READ_FLOATS each
+    double flops[PEAK_PIECES];
+    volatile float sink;       // what was summed up goes here, so that no compiler drops the sum
+} Bench;
+
+// Piece: a part of the model's file, and behind the last such part a page of the first sequence.
+static void read_piece(void *arg, int piece, int thread) {
+    (void)thread;
+    Bench *b = arg;
+    const float *at = (const float *)(const void *)b->m->map + (long)piece * READ_FLOATS;
+    bool page = piece >= b->parts;
+    if (page) at = b->sequences[0].pages[piece - b->parts]->floats;
+    float sum = b->work.kernels->read(page ? b->kv.page_floats / 64 * 64 : READ_FLOATS, at);
+    if (sum == 1.0f) b->sink = sum;
+}
+
+static void multiply_add_piece(void *arg, int piece, int thread) {
+    (void)thread;
+    Bench *b = arg;
+    float sum;
+    b->flops[piece] = b->work.kernels->multiply_add(PEAK_STEPS, &sum);
+    if (sum == 1.0f) b->sink = sum;
+}
+
+// On this thread alone, or on all: how fast the model's file and the first so many positions' keys and values can be
+// read (memory differs from place to place too), and how fast sums can be made of nothing.
+static Limits measure_limits(Bench *b, int positions, bool all) {
+    int pages = positions / PAGE;
+    struct { Run run; int pieces; double taken; } halves[] = {
+        { read_piece, b->parts + pages, 0 }, { multiply_add_piece, PEAK_PIECES, 0 },
+    };
+    for (int i = 0; i < 2; i++) {
+        double start = seconds();
+        if (all) parallel(halves[i].pieces, halves[i].run, b);
+        else for (int piece = 0; piece < halves[i].pieces; piece++) halves[i].run(b, piece, 0);
+        halves[i].taken = seconds() - start;
+    }
+    double flops = 0, floats = (double)b->parts * READ_FLOATS + (double)pages * (double)b->kv.page_floats;
+    for (int i = 0; i < PEAK_PIECES; i++) flops += b->flops[i];
+    return (Limits){ 4 * floats / halves[0].taken, flops / halves[1].taken };
+}
+
+// Seconds that a pass takes at least: rows from position `from` on of each of some sequences, and so many logits rows.
+static double roofline(const Config *c, Limits l, int sequences, int from, int rows, int logits) {
+    double layers = (double)c->layers * c->hidden * (c->qkv + c->q + 2.0 * c->intermediate);
+    double table = (double)c->vocab * c->hidden, keys_and_values = 2.0 * c->layers * c->kv * sequences * (from + rows);
+    double n = (double)sequences * rows, seen = n * (from + (rows + 1) / 2.0);
+    double bytes = 4 * (layers + (logits ? table : 0) + keys_and_values);
+    double flops = 2 * (n * layers + logits * table + seen * 2 * c->layers * c->q);
+    return fmax(bytes / l.bandwidth, flops / l.peak);
+}
+
+// The passes of one window from position `from` on: runs them, or with limits says how long they take at least.
+static double window_seconds(Bench *b, const BenchWork *w, int from, bool last, const Limits *limits) {
+    double start = seconds(), least = 0;
+    for (int done = 0, count; done < w->tokens; done += count) {
+        count = w->tokens - done < w->rows ? w->tokens - done : w->rows;
+        bool logits = w->rows == 1 || (last && done + count == w->tokens);
+        if (limits) {
+            least += roofline(&b->m->c, *limits, w->sequences, from + done, count, logits ? w->sequences : 0);
+            continue;
+        }
+        int n = 0;
+        for (int s = 0; s < w->sequences; s++)
+            for (int i = 0; i < count; i++) {
+                int position = from + done + i;
+                uint32_t token = (uint32_t)((position + 1) * 7919 + s) % (uint32_t)b->m->c.vocab;
+                b->rows[n++] = (Row){ &b->sequences[s], position, token, logits && i == count - 1 };
+            }
+        forward(&b->work, b->rows, n);
+    }
+    return limits ? least : seconds() - start;
+}
+
+static int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int n) {
+    qsort(values, (size_t)n, sizeof *values, by_size);
+    return (values[(n - 1) / 2] + values[n / 2]) / 2;
+}
+
+static void bench_work(Bench *b, BenchWork *w) {
+    double shares[WINDOWS], taken = 0, least_taken = 0, tokens = 0;
+    int n = 0;
+    window_seconds(b, w, w->from, true, NULL);          // its memory is touched for the first time
+    for (Limits before = measure_limits(b, w->from, true), after; n < WINDOWS && !interrupted; n++, before = after) {
+        int from = w->from + n * w->step;
+        bool last = w->step == 0 || n == WINDOWS - 1;
+        double work = window_seconds(b, w, from, last, NULL);
+        after = measure_limits(b, w->from, true);
+        Limits between = { (before.bandwidth + after.bandwidth) / 2, (before.peak + after.peak) / 2 };
+        double least = window_seconds(b, w, from, last, &between);
+        shares[n] = least / work;
+        taken += work, least_taken += least, tokens += w->sequences * w->tokens;
+    }
+    if (interrupted) return;
+    w->speed = tokens / taken;
+    w->limit = tokens / least_taken;
+    w->share = median(shares, n);
+}
+
+// Seconds from the start of a new process of this program to the first byte of its text.
+static double first_token_seconds(const Model *m) {
+    char threads[16], byte;
+    snprintf(threads, sizeof threads, "%d", pool.threads);
+    char *arguments[] = { program, "-m", (char *)(uintptr_t)m->path, "-j", threads, "-p",
+                          (char *)(uintptr_t)bench_prompt, "-n", "1", "-t", "0", "--no-echo", NULL };
+    int ends[2];
+    pid_t child;
+    posix_spawn_file_actions_t actions;
+    if (pipe(ends) != 0 || posix_spawn_file_actions_init(&actions) != 0) die("cannot make a pipe: %s", strerror(errno));
+    posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
+    posix_spawn_file_actions_addclose(&actions, ends[0]);
+    double start = seconds();
+    int error = posix_spawn(&child, program, &actions, NULL, arguments, environ);
+    if (error) die("cannot start %s: %s", program, strerror(error));
+    close(ends[1]);
+    bool some = read(ends[0], &byte, 1) == 1;
+    double taken = seconds() - start;
+    while (waitpid(child, NULL, 0) < 0 && errno == EINTR) {}
+    if (!some && !interrupted) die("%s wrote nothing", program);
+    close(ends[0]);
+    posix_spawn_file_actions_destroy(&actions);
+    return taken;
+}
+
+static void append_bar(Bytes *out, double share) {
+    for (int i = 0; i < BAR; i++) append_string(out, i + 0.5 < share * BAR ? "#" : ".");
+}
+
+typedef struct {
+    Limits one, all;           // of one thread, of all
+    BenchWork *works;
+    int n_works, first_tokens; // first: from the shell to the first token, with a prompt of so many
+    double first, first_pass;  // seconds; the pass itself
+} BenchResult;
+
+static void show_bench(const Model *m, const Kernels *kernels, const BenchResult *r) {
+    Bytes out = {0};
+    append_string(&out, m->path);
+    append_format(&out, ", %.0f MB, %s, %d thread%s\n\n", (double)m->size * 1e-6, kernels->name, pool.threads,
+                  pool.threads > 1 ? "s" : "");
+    append_format(&out, "%-28s %9s %9s\n", "this machine", "1 thread", "all");
+    append_format(&out, "%-28s %9.1f %9.1f  GB/s\n", "reads", r->one.bandwidth * 1e-9, r->all.bandwidth * 1e-9);
+    append_format(&out, "%-28s %9.1f %9.1f  GFLOP/s\n\n", "multiplies and adds", r->one.peak * 1e-9,
+                  r->all.peak * 1e-9);
+    append_format(&out, "%-28s %9s %9s  share of the limit\n", "this model", "tokens/s", "limit");
+    for (int i = 0; i < r->n_works; i++) {
+        const BenchWork *w = &r->works[i];
+        char title[48];
+        snprintf(title, sizeof title, w->title, w->about);
+        append_format(&out, "%-28s %9.1f %9.1f  %3.0f%% ", title, w->speed, w->limit, 100 * w->share);
+        append_bar(&out, w->share);
+        append_string(&out, "\n");
+    }
+    append_format(&out, "shell to first token         %9.1f ms, %.2f times the pass of %d tokens itself\n",
+                  r->first * 1e3, r->first / r->first_pass, r->first_tokens);
+    print(&out);
+}
+
+// The same for scripts: bytes, operations and tokens a second, seconds.
+static void show_bench_json(const Model *m, const Kernels *kernels, const BenchResult *r) {
+    Bytes out = {0};
+    append_json(&out, "{\"model\": ", m->path, strlen(m->path));
+    append_json(&out, ", \"isa\": ", kernels->name, strlen(kernels->name));
+    append_format(&out, ", \"threads\": %d, \"bandwidth\": [%.4g, %.4g]", pool.threads, r->one.bandwidth,
+                  r->all.bandwidth);
+    append_format(&out, ", \"peak\": [%.4g, %.4g], \"work\": [", r->one.peak, r->all.peak);
+    for (int i = 0; i < r->n_works; i++) {
+        const BenchWork *w = &r->works[i];
+        char title[48];
+        snprintf(title, sizeof title, w->title, w->about);
+        append_json(&out, i ? ", {\"name\": " : "{\"name\": ", title, strlen(title));
+        append_format(&out, ", \"tokens_per_second\": %.2f, \"limit\": %.2f, \"share\": %.4f}", w->speed, w->limit,
+                      w->share);
+    }
+    append_format(&out, "], \"first_token\": {\"prompt_tokens\": %d, \"seconds\": %.5f, \"pass_seconds\": %.5f}}\n",
+                  r->first_tokens, r->first, r->first_pass);
+    print(&out);
+}
+
+static int bench(const Options *o, Model *m, const Kernels *kernels) {
+    // As far as the context reaches: 3,840 positions are 15 windows of 256, and some are left to decode at.
+    int context = m->c.context, far = (context - context / 16) / WINDOWS * WINDOWS, window = far / WINDOWS;
+    int near = window / 16, prompt = 2 * window, rows = rows_of_pass(o->rows, USUAL_ROWS, context), sequences = 16;
+    if (window < 16) die("%s: a context of %d tokens is too short for --bench", m->path, context);
+    BenchWork works[] = {
+        { "decode", .sequences = 1, .from = near, .tokens = 8, .rows = 1 },
+        { "decode at position %d", .about = far, .sequences = 1, .from = far, .tokens = 4, .rows = 1 },
+        { "prefill of %d tokens", .about = prompt, .sequences = 1, .tokens = prompt, .rows = rows },
+        { "prefill of %d tokens", .about = far, .sequences = 1, .tokens = window, .rows = rows, .step = window },
+        { "decode, %d sequences at once", .about = sequences, .sequences = sequences, .from = near, .tokens = 4, .rows = 1 },
+    };
+    BenchResult result = { .works = works, .n_works = sizeof works / sizeof *works };
+    int most = rows < sequences ? sequences : rows;
+    Bench b = { .m = m, .work = work_open(m, kernels, most, sequences), .kv = kv_open(&m->c),
+                .parts = (int)(m->size / sizeof(float) / READ_FLOATS) };
+    b.rows = allocate((size_t)most, sizeof *b.rows);
+    b.sequences = allocate((size_t)sequences, sizeof *b.sequences);
+    for (int i = 0; i < sequences; i++) {
+        kv_reserve(&b.kv, &b.sequences[i], (i ? near : far) + 8);
+        for (int p = 0; p < b.sequences[i].n_pages; p++)       // memory that was never written is not memory yet
+            memset(b.sequences[i].pages[p]->floats, 0, (size_t)b.kv.page_floats * sizeof(float));
+    }
+
+    uint32_t ids[sizeof bench_prompt];
+    result.first_tokens = (int)encode(m, o, bench_prompt, strlen(bench_prompt), ids);
+    BenchWork first = { .sequences = 1, .tokens = result.first_tokens, .rows = result.first_tokens };
+    double one[2][WINDOWS], all[2][WINDOWS], passes[WINDOWS], ratios[WINDOWS];
+    for (int i = -1; i < WINDOWS && !interrupted; i++) {       // the first time only warms up
+        int at = i < 0 ? 0 : i;
+        Limits alone = measure_limits(&b, 0, false), together = measure_limits(&b, 0, true);
+        one[0][at] = alone.bandwidth, one[1][at] = alone.peak;
+        all[0][at] = together.bandwidth, all[1][at] = together.peak;
+        passes[at] = window_seconds(&b, &first, 0, true, NULL);
+        ratios[at] = first_token_seconds(m) / passes[at];
+    }
+    for (int i = 0; i < result.n_works && !interrupted; i++) bench_work(&b, &works[i]);
+    if (!interrupted) {
+        result.one = (Limits){ median(one[0], WINDOWS), median(one[1], WINDOWS) };
+        result.all = (Limits){ median(all[0], WINDOWS), median(all[1], WINDOWS) };
+        result.first_pass = median(passes, WINDOWS);
+        result.first = median(ratios, WINDOWS) * result.first_pass;
+        (o->json ? show_bench_json : show_bench)(m, kernels, &result);
+        flush_stdout();
+    }
+    for (int i = 0; i < sequences; i++) kv_free(&b.kv, &b.sequences[i]);
+    kv_close(&b.kv);
+    work_close(&b.work);
+    free(b.sequences);
+    free(b.rows);
+    return interrupted;
+}
+
 // ---- 13. Options ----
 // One table: the parser, --help and the README's table (a test compares them) come from it. A number is parsed whole
 // and held to its range; nothing is clamped in silence. The environment is read here and nowhere else.
@@ -2509,6 +2817,7 @@ static const Option option_table[] = {
     { 0, "logits", "FILE", TEXT, &options.logits, 0, 0, 0, "write the prompt's logits, fp32" },
     { 0, "info", NULL, FLAG, &options.info, 0, 0, 0, "say what the model file holds" },
     { 0, "verify", NULL, FLAG, &options.verify, 0, 0, 0, "check the model file's checksums" },
+    { 0, "bench", NULL, FLAG, &options.bench, 0, 0, 0, "this machine's limits, the model against them" },
     { 'q', "quiet", NULL, FLAG, &options.quiet, 0, 0, 0, "errors only on standard error" },
     { 'v', "verbose", NULL, FLAG, &options.verbose, 0, 0, 0, "seeds and timings on standard error" },
     { 'h', "help", NULL, FLAG, &options.help, 0, 0, 0, "this text" },
@@ -2631,10 +2940,11 @@ static void parse_options(int argc, char **argv) {
         }
     }
     if (options.prompt && options.file) usage_error("-p, --prompt and -f, --file exclude each other");
-    int commands = options.tokenize + options.detokenize + (options.logits != NULL) + options.info + options.verify;
-    if (commands > 1) usage_error("--tokenize, --detokenize, --logits, --info and --verify exclude each other");
+    int commands = options.tokenize + options.detokenize + (options.logits != NULL) + options.info + options.verify +
+                   options.bench;
+    if (commands > 1) usage_error("--tokenize, --detokenize, --logits, --info, --verify and --bench exclude each other");
     if (options.quiet) options.verbose = false;
-    bool needs_prompt = !options.info && !options.verify && !options.help && !options.version;
+    bool needs_prompt = !options.info && !options.verify && !options.bench && !options.help && !options.version;
     if (needs_prompt && !options.prompt && !options.file && isatty(STDIN_FILENO)) {
         fputs("usage: kl3m -p TEXT | -f FILE | < PROMPTS, a prompt a line; kl3m --help lists the options\n", stderr);
         exit(USAGE);
@@ -2642,16 +2952,12 @@ static void parse_options(int argc, char **argv) {
 }
 
 // The first model there is where --help says one may be; a message with the names that were tried if there is none.
-static char *find_model(const char *program) {
+static char *find_model(void) {
     if (options.model) return format_string("%s", options.model);
     const char *named = getenv("KL3M_MODEL"), *data = getenv("XDG_DATA_HOME"), *home = getenv("HOME");
     if (named && *named) return format_string("%s", named);
     const char *file = "kl3m-002-170m.bin";
-    char beside[PATH_MAX];
-    ssize_t n = readlink("/proc/self/exe", beside, sizeof beside - 1);     // Linux; elsewhere the name it was called by
-    if (n < 0) n = snprintf(beside, sizeof beside, "%s", program);
-    beside[n < (ssize_t)sizeof beside ? n : 0] = 0;
-    char *slash = strrchr(beside, '/');
+    char *beside = format_string("%s", program), *slash = strrchr(beside, '/');
     if (slash) *slash = 0;
     char *places[] = {
         format_string("%s", file),
@@ -2659,6 +2965,7 @@ static char *find_model(const char *program) {
         format_string("%s/%s", slash ? beside : ".", file),
         format_string("%s/../share/kl3m/%s", slash ? beside : ".", file),
     };
+    free(beside);
     char *found = NULL;
     for (int i = 0; i < 4; i++) {
         if (!found && access(places[i], F_OK) == 0) found = places[i];
@@ -2726,8 +3033,15 @@ static void on_bus_error(int number) {
     _exit(FAILED);
 }
 
-static int run_command(const char *program) {
-    char *path = find_model(program);
+// The file that runs: on Linux what the kernel says, elsewhere the name it was called by.
+static void find_program(const char *name) {
+    ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    if (n < 0) n = snprintf(program, sizeof program, "%s", name);
+    program[n < (ssize_t)sizeof program ? n : 0] = 0;
+}
+
+static int run_command(void) {
+    char *path = find_model();
     Model m = model_open(path);
     const Kernels *kernels = find_kernels();
     keep_denormals();
@@ -2739,7 +3053,8 @@ static int run_command(const char *program) {
     else if (options.detokenize) status = detokenize(&options, &m);
     else {
         threads_start(options.threads ? (int)options.threads : usable_cpus());
-        status = options.logits ? write_logits(&options, &m, kernels) : generate(&options, &m, kernels);
+        status = options.bench ? bench(&options, &m, kernels)
+               : options.logits ? write_logits(&options, &m, kernels) : generate(&options, &m, kernels);
         threads_stop();
     }
     model_close(&m);
@@ -2756,7 +3071,8 @@ int main(int argc, char **argv) {
     terminal = isatty(STDOUT_FILENO);
     if (options.help) return show_help();
     if (options.version) return show_version();
-    return run_command(argv[0]);
+    find_program(argv[0]);
+    return run_command();
 }
 #endif
 #endif   // not KIND

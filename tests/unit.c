@@ -4,6 +4,7 @@
 //     unit philox        the generator's known answers
 //     unit utf8          every sequence of up to 4 bytes that can matter, against a plain description of UTF-8
 //     unit threads       every piece is run once, whatever the threads do
+//     unit roofline      what a pass of the real model needs at least, against figures worked out by hand
 //     unit distribution  reads f64 { temperature, top_k, top_p, min_p, penalty, n, n_history }, n f32 logits and
 //                        n_history u32 ids from standard input, again and again; writes a line "id probability ..."
 #define KL3M_TEST
@@ -177,10 +178,27 @@ static int print_distributions(void) {
     return 0;
 }
 
+// kl3m-002-170m: 134.4 M weights are read for a token, 100.9 M of them without the vocabulary.
+static int check_roofline(void) {
+    const Config c = { .hidden = 1024, .layers = 16, .heads = 16, .kv_heads = 16, .head_size = 64, .intermediate = 1024,
+                       .vocab = 32768, .context = 4096, .q = 1024, .kv = 1024, .qkv = 3072 };
+    const Limits memory = { 1, INFINITY }, arithmetic = { INFINITY, 1 };
+    const double weights = 16 * 6 * 1048576.0, table = 32 * 1048576.0;
+    worst(roofline(&c, memory, 1, 0, 1, 1), 4 * (weights + table + 2 * 16 * 1024), 1);
+    worst(roofline(&c, memory, 1, 3839, 1, 1), 4 * (weights + table) + 3840 * 131072.0, 1);
+    worst(roofline(&c, memory, 16, 0, 1, 16), 4 * (weights + table) + 16 * 131072.0, 1);
+    worst(roofline(&c, memory, 1, 256, 256, 0), 4 * weights + 512 * 131072.0, 1);
+    worst(roofline(&c, arithmetic, 1, 0, 1, 1), 2 * (weights + table) + 65536, 1);          // 1 position, 4 x 1024 x 16
+    worst(roofline(&c, arithmetic, 16, 0, 1, 16), 16 * (2 * (weights + table) + 65536), 1);
+    worst(roofline(&c, arithmetic, 1, 100, 2, 0), 4 * weights + (101 + 102) * 65536.0, 1);
+    say("", "roofline, bytes and operations", 0.5);
+    return 0;
+}
+
 int main(int argc, char **argv) {
     static const struct { const char *name; int (*run)(void); } parts[] = {
         { "math", check_math }, { "philox", check_philox }, { "utf8", check_utf8 }, { "threads", check_threads },
-        { "distribution", print_distributions },
+        { "roofline", check_roofline }, { "distribution", print_distributions },
     };
     for (size_t i = 0; argc == 2 && i < sizeof parts / sizeof *parts; i++)
         if (strcmp(argv[1], parts[i].name) == 0) return parts[i].run();

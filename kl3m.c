@@ -131,14 +131,30 @@ static void usage_error(const char *format, ...) {
     exit(USAGE);
 }
 
-// Memory for n objects of a size, aligned for any vector and zeroed; never NULL.
-static void *allocate(size_t n, size_t size) {
+// Memory for n objects of a size, at a multiple of `alignment`; never NULL. It holds anything, and what lies in it
+// untouched costs nothing.
+static void *allocate_raw(size_t n, size_t size, size_t alignment) {
     size_t bytes;
     bool too_much = __builtin_mul_overflow(n, size, &bytes) || bytes > SIZE_MAX / 2;
-    void *memory = too_much ? NULL : aligned_alloc(64, bytes / 64 * 64 + 64);
+    void *memory = too_much ? NULL : aligned_alloc(alignment, bytes / alignment * alignment + alignment);
     if (memory == NULL)
         die("out of memory: %zu times %zu bytes were asked for; smaller -b, --rows, -n, -r or -j need less", n, size);
-    memset(memory, 0, bytes);
+    return memory;
+}
+
+// The same, aligned for any vector and zeroed.
+static void *allocate(size_t n, size_t size) {
+    return memset(allocate_raw(n, size, 64), 0, n * size);
+}
+
+// The same as allocate_raw, in huge pages if the system has them: for memory that is used whole (measured: 4 MB are
+// there in 0.4 ms, in pages of 4 KB in 2.3).
+static void *allocate_huge(size_t n, size_t size) {
+    enum { HUGE = 2 << 20 };
+    void *memory = allocate_raw(n, size, n * size < HUGE ? 64 : HUGE);
+#ifdef MADV_HUGEPAGE
+    if (n * size >= HUGE) madvise(memory, n * size / HUGE * HUGE, MADV_HUGEPAGE);
+#endif
     return memory;
 }
 
@@ -468,6 +484,9 @@ static Model model_open(const char *path) {
     void *map = mmap(NULL, m.size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (map == MAP_FAILED) die("cannot map the model %s: %s", path, strerror(errno));
     close(fd);
+#ifdef MADV_HUGEPAGE
+    madvise(map, m.size, MADV_HUGEPAGE);       // a file not in memory is then read 2 MB at a time (measured: at the
+#endif                                         // disk's 4 GB/s, else at 1.6), and mapped so if the system can
     m.map = map;
     check_directory(&m);
     const FileHeader *h = (const FileHeader *)m.map;
@@ -993,7 +1012,7 @@ static Page *kv_take_page(KVCache *kv) {
     if (page) kv->spare = page->next;
     else {
         page = allocate(1, sizeof *page);
-        page->floats = allocate((size_t)kv->page_floats, sizeof(float));
+        page->floats = allocate_huge((size_t)kv->page_floats, sizeof(float));
     }
     page->users = 1;
     return page;
@@ -1146,16 +1165,16 @@ static Work work_open(const Model *m, const Kernels *kernels, int max_rows, int 
         { &w.logits, logit_rows, (size_t)padded(c->vocab) },
     };
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
-        *table[i].field = allocate(table[i].rows, table[i].columns * sizeof(float));
-    w.turns = allocate(rows, (half + 1) * sizeof *w.turns);
-    w.spans = allocate(rows, (size_t)(c->heads / c->kv_heads / TILE + 1) * sizeof *w.spans);
+        *table[i].field = allocate_raw(table[i].rows, table[i].columns * sizeof(float), 64);
+    w.turns = allocate_raw(rows, (half + 1) * sizeof *w.turns, 64);
+    w.spans = allocate_raw(rows, (size_t)(c->heads / c->kv_heads / TILE + 1) * sizeof *w.spans, 64);
     w.logit_rows = allocate(logit_rows, sizeof *w.logit_rows);
     w.frequency = allocate(half + 1, sizeof *w.frequency);
     for (size_t i = 0; i < half; i++)          // base ^ (-2 i / dims), Su et al. 2021
         w.frequency[i] = exp_double(-2.0 * (double)i / c->rotary_dims * log_double(c->rotary_base));
     w.scratch = allocate((size_t)pool.threads, sizeof *w.scratch);
     size_t score_tile = (size_t)(c->context / PAGE + 1) * PAGE * TILE, head_tile = (size_t)padded(c->head_size) * TILE;
-    for (int i = 0; i < pool.threads; i++) w.scratch[i] = allocate(score_tile + 2 * head_tile, sizeof(float));
+    for (int i = 0; i < pool.threads; i++) w.scratch[i] = allocate_raw(score_tile + 2 * head_tile, sizeof(float), 64);
     return w;
 }
 
@@ -1177,8 +1196,11 @@ static void embed_piece(void *arg, int tile, int thread) {
     for (int r = 0; r < rows_in_tile(w->n, tile); r++) {
         const Row *row = &w->rows[tile * TILE + r];
         const float *embedding = w->m->embed_in + (long)row->token * c->hidden;
-        for (int i = 0; i < c->hidden; i += BLOCK)
-            memcpy(cell(x, r, i), embedding + i, (size_t)(c->hidden - i < BLOCK ? c->hidden - i : BLOCK) * sizeof *x);
+        for (int i = 0; i < padded(c->hidden); i += BLOCK) {
+            int n = c->hidden - i < 0 ? 0 : c->hidden - i < BLOCK ? c->hidden - i : BLOCK;
+            memset(cell(x, r, i), 0, BLOCK * sizeof *x);
+            memcpy(cell(x, r, i), embedding + i, (size_t)n * sizeof *x);
+        }
         for (int i = 0; i < half; i++)
             w->turns[(tile * TILE + r) * half + i] = turn_by(row->position * w->frequency[i]);
     }
@@ -1824,7 +1846,7 @@ static void schedule(Scheduler *s) {
     s->rows = allocate((size_t)s->max_rows, sizeof *s->rows);
     s->scratch = allocate((size_t)pool.threads, sizeof *s->scratch);
     for (int i = 0; i < pool.threads; i++)
-        s->scratch[i] = (SamplingScratch){ allocate(vocab, sizeof(Candidate)), allocate(vocab, sizeof(float)) };
+        s->scratch[i] = (SamplingScratch){ allocate_raw(vocab, sizeof(Candidate), 64), allocate_raw(vocab, sizeof(float), 64) };
     Draw *draws = allocate((size_t)s->batch, sizeof *draws);
 
     for (bool ended = false; !interrupted;) {

@@ -88,7 +88,7 @@ enum {
     PAGE = 32,                  // positions of a page of keys and values
     PAIR = 2 * BLOCK,           // outputs a call of `product` computes: dimensions are padded to it
     BLOCK_FLOATS = TILE * BLOCK,
-    USUAL_ROWS = 240,           // of a pass, unless --rows or --batch asks for others
+    USUAL_ROWS = 256,           // of a pass, unless --rows or --batch asks for others
     MAX_ROWS = 65536,
     MAX_BATCH = 1024,           // sequences
     MAX_STOPS = 64,
@@ -513,14 +513,17 @@ static void model_close(Model *m) {
 // including this file again with these set (an editor may grey it out). Compiler vectors do the rest. Which kind runs
 // is decided when the program starts; no kind gives other bits, only other speeds.
 
+typedef struct { const float *at; long stride, pace; } Ahead;   // two panels, `stride` floats apart; bytes a step
+
 typedef struct {
     const char *name;
-    void (*product)(int rows, int k, const float *a, const float *w, long stride, const float *ahead, float *c,
-                    bool add);
+    void (*product)(int rows, int k, const float *a, const float *w, long stride, Ahead ahead, float *c, bool add);
     void (*finish)(int rows, const float *c, const float *bias, const float *bias2, const float *residual, bool gelu,
                    float *out, long row_stride, long block_stride);
     void (*layer_norm)(int rows, int n, float eps, const float *x, const float *weight, const float *bias, float *y);
     float (*softmax)(int keys, float *scores);
+    void (*scale_columns)(int n, float factor, const float *from, int from_column, long from_stride, float *to,
+                          int to_column, long to_stride);
     float (*read)(long n, const float *p);
     double (*multiply_add)(int n, float *sink);
     bool (*fuses)(void);
@@ -533,7 +536,7 @@ typedef struct {
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(x) JOIN(x, KIND)
-enum { PREFETCH = 2048 };   // floats ahead of the weights in use: 8 KB (measured: 24 rows 41 ms without, 33 with)
+#define PREFETCH(p) __builtin_prefetch(p, 0, 2)   // into the second-level cache: the first is full of what is in use
 
 #if defined(__x86_64__)
 #define RELAX() _mm_pause()   // tells the core that a loop only waits
@@ -648,16 +651,17 @@ typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES)));
     }
 
 // c[r][j] = (add ? c[r][j] : 0) + sum over i < k of a[r][i] * w[j][i], for R rows (a constant in each copy) and the
-// outputs of PANELS_AT_ONCE panels: rule 1's chains, as many at a time as the registers hold.
-INLINE void NAME(product_rows)(const int R, int k, const float *a, const float *w, long stride, const float *ahead,
-                               float *c, bool add) {
+// outputs of PANELS_AT_ONCE panels: rule 1's chains, as many at a time as the registers hold. At each step a line of
+// `first` and `second` is asked for.
+INLINE void NAME(product_rows)(const int R, int k, const float *a, const float *w, long stride, const char *first,
+                               const char *second, long pace, float *c, bool add) {
     EACH_ROW(START)
     for (int done = 0; done < k; done += BLOCK, a += BLOCK_FLOATS) {
         int n = k - done < BLOCK ? k - done : BLOCK;
-        for (int i = 0; i < n; i++, w += BLOCK, ahead += BLOCK) {
+        for (int i = 0; i < n; i++, w += BLOCK, first += pace, second += pace) {
             vec w0 = WEIGHT(0), w1 = WEIGHT(1), w2 = VECTORS > 2 ? WEIGHT(2) : w0, w3 = VECTORS > 2 ? WEIGHT(3) : w1;
-            __builtin_prefetch(ahead);
-            if (PANELS_AT_ONCE > 1) __builtin_prefetch(ahead + stride);
+            PREFETCH(first);
+            if (PANELS_AT_ONCE > 1) PREFETCH(second);
             EACH_ROW(STEP)
             (void)w2, (void)w3;
         }
@@ -666,21 +670,26 @@ INLINE void NAME(product_rows)(const int R, int k, const float *a, const float *
 }
 
 // The same for 1 to TILE rows and PAIR outputs: a [k / 16][12][16], w two panels [k][16] that lie `stride` floats
-// apart, c [2][12][16]. `ahead` is what will be read next, at the same stride.
+// apart, c [2][12][16]. Meanwhile what is needed next is fetched from memory.
 static TARGET __attribute__((noinline))
-void NAME(product)(int rows, int k, const float *a, const float *w, long stride, const float *ahead, float *c,
-                   bool add) {
+void NAME(product)(int rows, int k, const float *a, const float *w, long stride, Ahead ahead, float *c, bool add) {
+    int parts = (rows + ROWS - 1) / ROWS;
+    long pace = ahead.pace / parts;
     for (int panel = 0; panel < 2; panel += PANELS_AT_ONCE) {
-        for (int r = 0; r < rows; r += ROWS) {
+        for (int part = 0; part < parts; part++) {
+            int r = part * ROWS;
+            const char *first = (const char *)(ahead.at + panel * ahead.stride) + part * k * pace;
+            const char *second = first + ahead.stride * (long)sizeof(float);
             switch (rows - r < ROWS ? rows - r : ROWS) {
 #define CASE(n) case n: \
-                if (n <= ROWS) NAME(product_rows)(n, k, a + r * BLOCK, w, stride, ahead, c + r * BLOCK, add); \
+                if (n <= ROWS) NAME(product_rows)(n, k, a + r * BLOCK, w, stride, first, second, pace, c + r * BLOCK, \
+                                                  add); \
                 break;
                 EACH_COUNT(CASE)
 #undef CASE
             }
         }
-        w += stride, ahead += stride, c += BLOCK_FLOATS;
+        w += stride, c += BLOCK_FLOATS;
     }
 }
 
@@ -809,6 +818,20 @@ static TARGET float NAME(softmax)(int keys, float *scores) {
     return NAME(fold)(sum);
 }
 
+// n columns of one row times a factor become columns of another: each row is blocks of 16 columns, so many floats apart.
+static TARGET void NAME(scale_columns)(int n, float factor, const float *from, int from_column, long from_stride,
+                                       float *to, int to_column, long to_stride) {
+    for (int i = 0, run; i < n; i += run) {
+        int from_skip = (from_column + i) % BLOCK, to_skip = (to_column + i) % BLOCK;
+        run = BLOCK - (from_skip > to_skip ? from_skip : to_skip);
+        const float *x = from + (from_column + i) / BLOCK * from_stride + from_skip;
+        float *y = to + (to_column + i) / BLOCK * to_stride + to_skip;
+        if (run == BLOCK && n - i >= BLOCK)
+            for (int lane = 0; lane < BLOCK; lane += LANES) STORE(y + lane, SPLAT(factor) * LOAD(x + lane));
+        else for (int j = 0; j < run && i + j < n; j++) y[j] = factor * x[j];
+    }
+}
+
 // What --bench holds this CPU to, apart from everything above. Reads n floats, a multiple of 4 blocks.
 static TARGET float NAME(read)(long n, const float *p) {
     float sum[BLOCK] = {0};
@@ -852,7 +875,8 @@ static TARGET bool NAME(fuses)(void) {
 #define STRING(x) STRING_(x)
 static const Kernels NAME(kernels) = {
     .name = STRING(KIND), .product = NAME(product), .finish = NAME(finish), .layer_norm = NAME(layer_norm),
-    .softmax = NAME(softmax), .read = NAME(read), .multiply_add = NAME(multiply_add), .fuses = NAME(fuses),
+    .softmax = NAME(softmax), .scale_columns = NAME(scale_columns), .fuses = NAME(fuses), .read = NAME(read),
+    .multiply_add = NAME(multiply_add),
 };
 
 #undef STRING_
@@ -881,16 +905,18 @@ static const Kernels NAME(kernels) = {
 #ifndef KIND
 // ---- 5. Threads ----
 // One verb: parallel(pieces, run, arg) calls run(arg, piece, thread) once for each piece and returns when all are
-// done. Pieces are taken, not dealt out, so fast and slow cores finish together; a worker that comes late, or never
-// because another process has its core, holds up nobody unless it is in the middle of a piece. Workers that wait spin
-// for a moment, then sleep. The calling thread is thread 0 and works too.
+// done. Pieces are taken, not dealt out, so fast and slow cores finish together: first many at once, since a thread
+// walks through pieces that lie side by side faster than through every second one, then fewer and fewer (guided
+// self-scheduling, Polychronopoulos and Kuck 1987). A worker that comes late, or never because another process has its
+// core, holds up nobody unless it is in the middle of its pieces. Workers that wait spin for a moment, then sleep. The
+// calling thread is thread 0 and works too.
 
 typedef void (*Run)(void *arg, int piece, int thread);
 
 static struct {
     int threads;
     pthread_t *workers;                // [threads - 1]
-    // ticket = round << 32 | next piece. A worker reads it, then the round's job, then takes the piece by a
+    // ticket = round << 32 | next piece. A worker reads it, then the round's job, then takes pieces by a
     // compare-and-swap, which fails if the round has changed in between.
     _Atomic uint64_t ticket;
     _Atomic(Run) run;
@@ -915,11 +941,12 @@ static uint64_t work(int thread) {
         uint64_t ticket = atomic_load(&pool.ticket);
         Run run = atomic_load(&pool.run);
         void *arg = atomic_load(&pool.arg);
-        int piece = (int)(uint32_t)ticket;
-        if (piece >= atomic_load(&pool.pieces)) return ticket;
-        if (!atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + 1)) continue;
-        run(arg, piece, thread);
-        atomic_fetch_add(&pool.done, 1);
+        int piece = (int)(uint32_t)ticket, left = atomic_load(&pool.pieces) - piece;
+        if (left <= 0) return ticket;
+        int taken = left / (2 * pool.threads) + 1;
+        if (!atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + (uint64_t)taken)) continue;
+        for (int i = 0; i < taken; i++) run(arg, piece + i, thread);
+        atomic_fetch_add(&pool.done, taken);
     }
 }
 
@@ -946,6 +973,10 @@ static void wake_workers(void) {
 }
 
 static void parallel(int pieces, Run run, void *arg) {
+    if (pieces == 1) {
+        run(arg, 0, 0);
+        return;
+    }
     uint64_t round = (atomic_load(&pool.ticket) >> 32) + 1;
     // While the job changes, the ticket says that there is nothing to take.
     atomic_store(&pool.ticket, round << 32 | INT_MAX);
@@ -954,7 +985,7 @@ static void parallel(int pieces, Run run, void *arg) {
     atomic_store(&pool.pieces, pieces);
     atomic_store(&pool.done, 0);
     atomic_store(&pool.ticket, (round + 1) << 32);
-    if (pool.threads > 1 && pieces > 1) wake_workers();
+    if (pool.threads > 1) wake_workers();
     work(0);
     for (int spins = 0; atomic_load(&pool.done) < pieces; spins++) pause_a_moment(spins);
 }
@@ -1084,6 +1115,7 @@ typedef struct {
 // a kv head stand side by side, so that its keys are read once for all of them.
 typedef struct {
     int first_row, first_slot, slots;      // slot i: row first_row + (first_slot + i) / r, r = heads / kv_heads
+    bool alone;                            // it holds all rows that its sequence has in the pass
 } Span;
 
 typedef struct { float cosine, sine; } Turn;
@@ -1103,6 +1135,7 @@ typedef struct {
     float **scratch;           // [threads] a thread's query, score and output tiles
     const Row *rows;           // the pass: set by forward
     int n, n_logits, n_spans, layer;
+    bool split;                // a sequence has more rows in the pass than one span holds
     int *logit_rows;           // [logits rows] the row of the pass each belongs to
 } Work;
 
@@ -1242,13 +1275,13 @@ static void final_norm_piece(void *arg, int tile, int thread) {
     w->kernels->layer_norm(rows, c->hidden, (float)c->eps, final, w->m->norm, w->m->norm_bias, final);
 }
 
-// A linear layer over all tiles: out = finish(in weights^T + in2 weights2^T). The second term continues the first's
-// chain of sums; it is there where the attention's and the MLP's last products go into the same x.
+// A linear layer over all tiles: out = finish(sum of in weights^T). A second term continues the first's chain of sums;
+// it is there where the attention's and the MLP's last products go into the same x.
+typedef struct { const float *in, *weights, *bias; int inputs; } Term;
+
 typedef struct {
-    const float *in, *weights, *bias;
-    int inputs;
-    const float *in2, *weights2, *bias2;
-    int inputs2;
+    Term terms[2];
+    int n_terms;
     float *out;
     int outputs;
     const float *residual;     // NULL, or tiles like out
@@ -1257,32 +1290,58 @@ typedef struct {
 
 typedef struct { const Work *w; const Linear *layers; int n_layers, rows, groups; } LinearJob;
 
-enum { GROUP = 5 };            // tiles that a piece multiplies by a panel while it lies in the cache
+// A piece multiplies GROUP tiles by CHUNK inputs of a pair of panels at a time, and fetches the next CHUNK meanwhile:
+// with 1,024 inputs the whole next pair. (Measured, 16 rows: fetching 128 steps ahead while the first tile was
+// multiplied left memory idle during the second, 40 ms a pass; this way 27.) With FEW rows memory alone decides, and the
+// CPU's own prefetching keeps it busier (measured: decoding 8% faster).
+enum { GROUP = 5, CHUNK = 1024, FEW = 4 };
+
+static const float *panels_of(const Term *t, int pair) { return t->weights + (long)pair * PAIR * t->inputs; }
+
+// The products of a term with a pair of panels and some tiles, added to c. Then the pair `next_pair` of `next` is due.
+static void add_term(const LinearJob *job, const Term *t, int pair, const Term *next, int next_pair, int first_tile,
+                     int tiles, float (*c)[2 * BLOCK_FLOATS], bool add) {
+    int columns = padded(t->inputs), left = job->rows - first_tile * TILE;
+    int rows = left < tiles * TILE ? left : tiles * TILE;
+    for (int i = 0; i < t->inputs; i += CHUNK, add = true) {
+        int n = t->inputs - i < CHUNK ? t->inputs - i : CHUNK;
+        const float *panels = panels_of(t, pair) + (long)i * BLOCK;
+        Ahead ahead = { panels + CHUNK * BLOCK, (long)BLOCK * t->inputs, 0 };
+        if (i + CHUNK >= t->inputs) ahead = (Ahead){ panels_of(next, next_pair), (long)BLOCK * next->inputs, 0 };
+        for (int tile = 0; tile < tiles; tile++) {
+            int here = rows_in_tile(job->rows, first_tile + tile);
+            ahead.pace = rows <= FEW ? 0 : (64 * here + rows - 1) / rows;     // of the line of each step its share
+            job->w->kernels->product(here, n, t->in + tile_at(first_tile + tile, columns) + (long)i * TILE, panels,
+                                     (long)BLOCK * t->inputs, ahead, c[tile], add);
+            ahead.at += n * ahead.pace / (long)sizeof(float);
+        }
+    }
+}
 
 // Piece: a pair of panels times a group of tiles. Pieces that follow one another share their panels.
 static void linear_piece(void *arg, int piece, int thread) {
     (void)thread;
     const LinearJob *job = arg;
-    const Kernels *kernels = job->w->kernels;
-    int pair = piece / job->groups, group = piece % job->groups;
+    int pair = piece / job->groups, first_tile = piece % job->groups * GROUP, tiles = tiles_of(job->rows) - first_tile;
     const Linear *l = job->layers;
     for (; pair >= padded(l->outputs) / PAIR; l++) pair -= padded(l->outputs) / PAIR;
+    if (tiles > GROUP) tiles = GROUP;
 
-    const float *panel = l->weights + (long)pair * PAIR * l->inputs;
-    const float *panel2 = l->in2 ? l->weights2 + (long)pair * PAIR * l->inputs2 : NULL;
-    const float *bias = l->bias ? l->bias + pair * PAIR : NULL, *bias2 = l->bias2 ? l->bias2 + pair * PAIR : NULL;
-    int columns = padded(l->outputs), last = (group + 1) * GROUP;
-    for (int tile = group * GROUP; tile < last && tile < tiles_of(job->rows); tile++) {
-        int rows = rows_in_tile(job->rows, tile);
-        float c[2 * BLOCK_FLOATS] __attribute__((aligned(64)));
-        kernels->product(rows, l->inputs, l->in + tile_at(tile, padded(l->inputs)), panel, (long)BLOCK * l->inputs,
-                         panel + PREFETCH, c, false);
-        if (panel2)
-            kernels->product(rows, l->inputs2, l->in2 + tile_at(tile, padded(l->inputs2)), panel2,
-                             (long)BLOCK * l->inputs2, panel2 + PREFETCH, c, true);
-        long at = tile_at(tile, columns) + (l->row_major ? (long)pair * PAIR : (long)pair * 2 * BLOCK_FLOATS);
-        kernels->finish(rows, c, bias, bias2, l->residual ? l->residual + at : NULL, l->gelu, l->out + at,
-                        l->row_major ? columns : BLOCK, l->row_major ? BLOCK : BLOCK_FLOATS);
+    float c[GROUP][2 * BLOCK_FLOATS] __attribute__((aligned(64)));
+    for (int i = 0; i < l->n_terms; i++) {
+        bool last = i + 1 == l->n_terms;
+        const Term *next = last ? l->terms : l->terms + 1;
+        add_term(job, &l->terms[i], pair, next, last ? pair + 1 : pair, first_tile, tiles, c, i > 0);
+    }
+    const float *bias[2] = { NULL, NULL };
+    for (int i = 0; i < l->n_terms; i++)
+        if (l->terms[i].bias) bias[i] = l->terms[i].bias + pair * PAIR;
+    int columns = padded(l->outputs);
+    for (int tile = 0; tile < tiles; tile++) {
+        long at = tile_at(first_tile + tile, columns) + (long)pair * (l->row_major ? PAIR : 2 * BLOCK_FLOATS);
+        job->w->kernels->finish(rows_in_tile(job->rows, first_tile + tile), c[tile], bias[0], bias[1],
+                                l->residual ? l->residual + at : NULL, l->gelu, l->out + at,
+                                l->row_major ? columns : BLOCK, l->row_major ? BLOCK : BLOCK_FLOATS);
     }
 }
 
@@ -1299,36 +1358,45 @@ static float *kv_head(const Work *w, const Page *page, int head) {
     return page->floats + ((long)w->layer * c->kv_heads + head) * head_floats(c);
 }
 
-// Column i of a head of a row of qkv, turned: the first rotary_dims columns are pairs (i, i + rotary_dims / 2) turned
-// by position * frequency[i] (the half-split form of GPT-NeoX).
-static float turned(const Config *c, float *tile, int r, int first_column, int i, const Turn *turns) {
-    int half = c->rotary_dims / 2;
-    float x = *cell(tile, r, first_column + i);
-    if (i < half) return x * turns[i].cosine - *cell(tile, r, first_column + i + half) * turns[i].sine;
-    if (i < 2 * half) return x * turns[i - half].cosine + *cell(tile, r, first_column + i - half) * turns[i - half].sine;
-    return x;
+// Turns the first rotary_dims columns of a head of a row of qkv, in place: pairs (i, i + rotary_dims / 2) by position *
+// frequency[i] (the half-split form of GPT-NeoX).
+static void turn_head(const Work *w, int row, int first_column) {
+    int half = w->m->c.rotary_dims / 2;
+    float *tile = w->qkv + tile_at(row / TILE, padded(w->m->c.qkv));
+    for (int i = 0; i < half; i++) {
+        Turn turn = w->turns[row * half + i];
+        float *a = cell(tile, row % TILE, first_column + i), *b = cell(tile, row % TILE, first_column + half + i);
+        float x = *a * turn.cosine - *b * turn.sine;
+        *b = *b * turn.cosine + *a * turn.sine;
+        *a = x;
+    }
 }
 
-// Piece: a kv head of a tile's rows. Turned keys and values go to their pages.
+// Of the rows of a span, the turned keys and the values of a kv head go to their pages.
+static void store_span(const Work *w, const Span *span, int head) {
+    const Config *c = &w->m->c;
+    int sharing = c->heads / c->kv_heads, size = c->head_size, key_column = c->q + head * size;
+    int row = span->first_row + (span->first_slot + sharing - 1) / sharing;
+    int end = span->first_row + (span->first_slot + span->slots + sharing - 1) / sharing;
+    for (; row < end; row++) {
+        float *qkv = w->qkv + tile_at(row / TILE, padded(c->qkv));
+        int position = w->rows[row].position, slot = position % PAGE;
+        float *page = kv_head(w, w->rows[row].sequence->pages[position / PAGE], head), *values = page + (long)PAGE * size;
+        float *keys = page + slot / BLOCK * (long)BLOCK * size + slot % BLOCK;
+        for (int i = 0; i < size; i++) __builtin_prefetch(keys + (long)i * BLOCK, 1);
+        turn_head(w, row, key_column);
+        w->kernels->scale_columns(size, 1, qkv + row % TILE * BLOCK, key_column + c->kv, BLOCK_FLOATS,
+                                  values + slot * BLOCK, 0, PAGE * BLOCK);
+        for (int i = 0; i < size; i++) keys[(long)i * BLOCK] = *cell(qkv, row % TILE, key_column + i);
+    }
+}
+
+// Piece: a kv head of a span.
 static void store_piece(void *arg, int piece, int thread) {
     (void)thread;
     const Work *w = arg;
-    const Config *c = &w->m->c;
-    int head = piece % c->kv_heads, tile = piece / c->kv_heads;
-    int key_column = c->q + head * c->head_size, value_column = key_column + c->kv;
-    float *qkv = w->qkv + tile_at(tile, padded(c->qkv));
-    for (int r = 0; r < rows_in_tile(w->n, tile); r++) {
-        const Row *row = &w->rows[tile * TILE + r];
-        const Turn *turns = w->turns + (tile * TILE + r) * (c->rotary_dims / 2);
-        float *keys = kv_head(w, row->sequence->pages[row->position / PAGE], head);
-        float *values = keys + (long)PAGE * c->head_size;
-        int slot = row->position % PAGE;
-        keys += slot / BLOCK * (long)BLOCK * c->head_size + slot % BLOCK;
-        for (int i = 0; i < c->head_size; i++) {
-            keys[(long)i * BLOCK] = turned(c, qkv, r, key_column, i, turns);
-            values[(long)(i / BLOCK) * PAGE * BLOCK + slot * BLOCK + i % BLOCK] = *cell(qkv, r, value_column + i);
-        }
-    }
+    const Span *span = &w->spans[piece / w->m->c.kv_heads];
+    if (!span->alone) store_span(w, span, piece % w->m->c.kv_heads);
 }
 
 // How many positions of page p a row at a position sees: 0 to PAGE.
@@ -1347,33 +1415,41 @@ static void attention_piece(void *arg, int piece, int thread) {
     float *query = w->scratch[thread], *out = query + (long)padded(size) * TILE, *scores = out + (long)padded(size) * TILE;
     float scale = 1.0f / sqrtf((float)size);
     int row[TILE] = {0}, column[TILE] = {0}, position[TILE] = {0};     // of each slot; column: its query head's first
+    if (span->alone) store_span(w, span, head);        // what is written here is read by this core
     for (int s = 0; s < slots; s++) {
         row[s] = span->first_row + (span->first_slot + s) / sharing;
         column[s] = (head * sharing + (span->first_slot + s) % sharing) * size;
         position[s] = w->rows[row[s]].position;
-        float *qkv = w->qkv + tile_at(row[s] / TILE, padded(c->qkv));
-        const Turn *turns = w->turns + row[s] * (c->rotary_dims / 2);
-        for (int i = 0; i < size; i++) *cell(query, s, i) = scale * turned(c, qkv, row[s] % TILE, column[s], i, turns);
+        turn_head(w, row[s], column[s]);
+        kernels->scale_columns(size, scale, w->qkv + tile_at(row[s] / TILE, padded(c->qkv)) + row[s] % TILE * BLOCK,
+                               column[s], BLOCK_FLOATS, query + s * BLOCK, 0, BLOCK_FLOATS);
     }
     Page **pages = w->rows[span->first_row].sequence->pages;
     int first = w->rows[span->first_row + span->first_slot / sharing].position;
     int last_page = w->rows[span->first_row + (span->first_slot + slots - 1) / sharing].position / PAGE;
-    for (int p = 0; p <= last_page; p++)
+    // What is fetched ahead: the next page's keys; after the last the first page's values, the next page's values, and
+    // at the end the keys of the head that is likely to be this thread's next.
+    for (int p = 0; p <= last_page; p++) {
+        const float *next = p < last_page ? kv_head(w, pages[p + 1], head)
+                          : kv_head(w, pages[0], head) + (long)PAGE * size;
         kernels->product(slots, size, query, kv_head(w, pages[p], head), (long)BLOCK * size,
-                         kv_head(w, pages[p < last_page ? p + 1 : p], head), scores + (long)p * 2 * BLOCK_FLOATS, false);
+                         (Ahead){ next, (long)BLOCK * size, 64 }, scores + (long)p * 2 * BLOCK_FLOATS, false);
+    }
     float sum[TILE];
     for (int s = 0; s < slots; s++) sum[s] = kernels->softmax(position[s] + 1, scores + s * BLOCK);
 
     // Positions that all slots see are summed for all at once; those that only later slots see, slot by slot.
-    for (int d = 0; d < padded(size); d += PAIR) {
-        float *tile = out + (long)d * TILE;
-        for (int p = 0; p <= last_page; p++) {
+    for (int p = 0; p <= last_page; p++) {
+        const float *weights = scores + (long)p * 2 * BLOCK_FLOATS;
+        const float *next = p < last_page ? kv_head(w, pages[p + 1], head) + (long)PAGE * size
+                          : kv_head(w, pages[0], head + 1 < c->kv_heads ? head + 1 : head);
+        int common = seen_in_page(first, p);
+        for (int d = 0; d < padded(size); d += PAIR) {
+            float *tile = out + (long)d * TILE;
             const float *values = kv_head(w, pages[p], head) + (long)PAGE * (size + d);
-            const float *ahead = p < last_page ? kv_head(w, pages[p + 1], head) + (long)PAGE * (size + d) : values;
-            const float *weights = scores + (long)p * 2 * BLOCK_FLOATS;
-            int common = seen_in_page(first, p);
+            Ahead ahead = { next + (long)PAGE * d, PAGE * BLOCK, 64 };
             if (common > 0) kernels->product(slots, common, weights, values, PAGE * BLOCK, ahead, tile, p > 0);
-            for (int s = 0; s < slots; s++)
+            for (int s = 0; s < slots && common < PAGE; s++)
                 for (int j = common, n; j < seen_in_page(position[s], p); j += n) {
                     int left = seen_in_page(position[s], p) - j;
                     n = BLOCK - j % BLOCK < left ? BLOCK - j % BLOCK : left;
@@ -1382,22 +1458,24 @@ static void attention_piece(void *arg, int piece, int thread) {
                 }
         }
     }
-    for (int s = 0; s < slots; s++) {
-        float *attended = w->attended + tile_at(row[s] / TILE, padded(c->q));
-        float share = 1.0f / sum[s];
-        for (int i = 0; i < size; i++) *cell(attended, row[s] % TILE, column[s] + i) = share * *cell(out, s, i);
-    }
+    for (int s = 0; s < slots; s++)
+        kernels->scale_columns(size, 1.0f / sum[s], out + s * BLOCK, 0, BLOCK_FLOATS,
+                               w->attended + tile_at(row[s] / TILE, padded(c->q)) + row[s] % TILE * BLOCK, column[s],
+                               BLOCK_FLOATS);
 }
 
 // Cuts the pass into spans: rows of one sequence at successive positions, TILE slots at a time.
 static void find_spans(Work *w) {
     int sharing = w->m->c.heads / w->m->c.kv_heads;
     w->n_spans = 0;
+    w->split = false;
     for (int first = 0, end; first < w->n; first = end) {
         for (end = first + 1; end < w->n && w->rows[end].sequence == w->rows[first].sequence; end++) {}
         int slots = (end - first) * sharing;
         for (int slot = 0; slot < slots; slot += TILE)
-            w->spans[w->n_spans++] = (Span){ first, slot, slots - slot < TILE ? slots - slot : TILE };
+            w->spans[w->n_spans++] = (Span){ .first_row = first, .first_slot = slot, .alone = slots <= TILE,
+                                             .slots = slots - slot < TILE ? slots - slot : TILE };
+        if (slots > TILE) w->split = true;
     }
 }
 
@@ -1412,23 +1490,21 @@ static void forward(Work *w, const Row *rows, int n) {
     parallel(tiles, embed_piece, w);
     for (w->layer = 0; w->layer < c->layers; w->layer++) {
         const Layer *l = &w->m->layers[w->layer];
-        Linear qkv = { .in = w->normed1, .inputs = c->hidden, .weights = l->qkv, .bias = l->qkv_bias,
-                       .out = w->qkv, .outputs = c->qkv };
-        Linear up = { .in = w->normed2, .inputs = c->hidden, .weights = l->up, .bias = l->up_bias,
-                      .out = w->mlp, .outputs = c->intermediate, .gelu = true };
-        Linear dense = { .in = w->attended, .inputs = c->q, .weights = l->dense, .bias = l->dense_bias,
-                         .out = w->x, .outputs = c->hidden, .residual = w->x };
-        Linear down = { .in = w->mlp, .inputs = c->intermediate, .weights = l->down, .bias = l->down_bias,
-                        .out = w->x, .outputs = c->hidden, .residual = w->x };
+        Term attended = { w->attended, l->dense, l->dense_bias, c->q };
+        Term mlp = { w->mlp, l->down, l->down_bias, c->intermediate };
+        Linear qkv = { .terms = {{ w->normed1, l->qkv, l->qkv_bias, c->hidden }}, .n_terms = 1, .out = w->qkv,
+                       .outputs = c->qkv };
+        Linear up = { .terms = {{ w->normed2, l->up, l->up_bias, c->hidden }}, .n_terms = 1, .out = w->mlp,
+                      .outputs = c->intermediate, .gelu = true };
+        Linear dense = { .terms = { attended, mlp }, .n_terms = c->parallel_residual ? 2 : 1, .out = w->x,
+                         .outputs = c->hidden, .residual = w->x };
         parallel(tiles, norms_piece, w);
         linear(w, (Linear[]){ qkv, up }, c->parallel_residual ? 2 : 1, n);
-        parallel(tiles * c->kv_heads, store_piece, w);
+        if (w->split) parallel(w->n_spans * c->kv_heads, store_piece, w);
         parallel(w->n_spans * c->kv_heads, attention_piece, w);
-        if (c->parallel_residual) {
-            dense.in2 = down.in, dense.inputs2 = down.inputs, dense.weights2 = down.weights, dense.bias2 = down.bias;
-            linear(w, &dense, 1, n);
-        } else {
-            linear(w, &dense, 1, n);
+        linear(w, &dense, 1, n);
+        if (!c->parallel_residual) {
+            Linear down = { .terms = { mlp }, .n_terms = 1, .out = w->x, .outputs = c->hidden, .residual = w->x };
             parallel(tiles, norm2_piece, w);
             linear(w, &up, 1, n);
             linear(w, &down, 1, n);
@@ -1439,7 +1515,7 @@ static void forward(Work *w, const Row *rows, int n) {
         if (rows[i].wants_logits) w->logit_rows[w->n_logits++] = i;
     if (w->n_logits == 0) return;
     parallel(tiles_of(w->n_logits), final_norm_piece, w);
-    Linear logits = { .in = w->final, .inputs = c->hidden, .weights = w->m->embed_out, .out = w->logits,
+    Linear logits = { .terms = {{ w->final, w->m->embed_out, NULL, c->hidden }}, .n_terms = 1, .out = w->logits,
                       .outputs = c->vocab, .row_major = true };
     linear(w, &logits, 1, w->n_logits);
 }
@@ -2833,7 +2909,7 @@ static const Option option_table[] = {
     { 0, "json", NULL, FLAG, &options.json, 0, 0, 0, "one JSON object a prompt, one a line" },
     { 'j', "threads", "J", WHOLE, &options.threads, 1, INT_MAX, 0, "threads (the CPUs this process may use)" },
     { 'b', "batch", "B", WHOLE, &options.batch, 1, INT_MAX, 0, "most sequences in work at once (12)" },
-    { 0, "rows", "N", WHOLE, &options.rows, 1, INT_MAX, 0, "most rows (tokens) in one pass (240, or B)" },
+    { 0, "rows", "N", WHOLE, &options.rows, 1, INT_MAX, 0, "most rows (tokens) in one pass (256, or B)" },
     { 0, "tokenize", NULL, FLAG, &options.tokenize, 0, 0, 0, "print each prompt's token ids" },
     { 0, "detokenize", NULL, FLAG, &options.detokenize, 0, 0, 0, "lines of token ids in, their text out" },
     { 0, "logits", "FILE", TEXT, &options.logits, 0, 0, 0, "write the prompt's logits, fp32" },

@@ -89,6 +89,7 @@ enum {
     PAIR = 2 * BLOCK,           // outputs a call of `product` computes: dimensions are padded to it
     BLOCK_FLOATS = TILE * BLOCK,
     USUAL_ROWS = 256,           // of a pass, unless --rows or --batch asks for others
+    USUAL_BATCH = 48,           // sequences in work, unless --batch asks for others
     MAX_ROWS = 65536,
     MAX_BATCH = 1024,           // sequences
     MAX_STOPS = 64,
@@ -1022,6 +1023,7 @@ typedef struct Page { struct Page *next; int users; float *floats; } Page;
 
 typedef struct {
     long page_floats;          // [layers][kv_heads][head_floats]
+    long pages;                // that there are, in use or spare
     Page *spare;
 } KVCache;
 
@@ -1038,12 +1040,15 @@ static KVCache kv_open(const Config *c) {
     return (KVCache){ .page_floats = head_floats(c) * c->kv_heads * c->layers };
 }
 
+static long page_bytes(const KVCache *kv) { return kv->page_floats * (long)sizeof(float); }
+
 static Page *kv_take_page(KVCache *kv) {
     Page *page = kv->spare;
     if (page) kv->spare = page->next;
     else {
         page = allocate(1, sizeof *page);
         page->floats = allocate_huge((size_t)kv->page_floats, sizeof(float));
+        kv->pages++;
     }
     page->users = 1;
     return page;
@@ -1071,8 +1076,9 @@ static void kv_reserve(KVCache *kv, Sequence *s, int end) {
     }
 }
 
-static Sequence kv_fork(const Sequence *from) {
-    Sequence s = { .length = from->length, .n_pages = (from->length + PAGE - 1) / PAGE };
+// A sequence that begins with the first so many positions of another.
+static Sequence kv_fork(const Sequence *from, int length) {
+    Sequence s = { .length = length, .n_pages = (length + PAGE - 1) / PAGE };
     s.pages = allocate((size_t)s.n_pages, sizeof *s.pages);
     for (int i = 0; i < s.n_pages; i++) (s.pages[i] = from->pages[i])->users++;
     return s;
@@ -1703,25 +1709,35 @@ typedef struct {
 struct Request {
     Request *next;
     long line;                 // of the input, from 1; 0: the prompt was not a line
-    char *prompt;
+    long number;               // in the order of the input
+    char *prompt;              // NULL: the line was no JSON
     size_t prompt_size;
+    Bytes others;              // members that came with it
     uint32_t *ids;             // [n] what the model is given
     int n;
     int given;                 // prompt tokens: n, or 0 for an empty prompt, which starts from <|start|>
     int limit;                 // new tokens at most
     uint64_t seed, hash;
     char *error;               // why it cannot be run, or NULL
-    Sequence prefix;           // the prompt's keys and values
-    float *logits;             // [vocab] after the prompt, once it is prefilled
+    bool admitted, prefilled, done;      // admitted: pages are set aside for it
+    Sequence prefix;           // the prompt's keys and values; at last only its whole pages
+    float *logits;             // [vocab] after the prompt, from its prefill to its last continuation's start
+    int rows;                  // in the next pass
     Continuation *continuations;
     int started, finished, delivered;    // of the continuations
-    bool done;
+    int ends;                  // continuations whose pages behind the prompt's whole ones are set aside
 };
+
+// The whole pages of a prompt that has been run: the next prompts may begin alike.
+typedef struct { uint32_t *ids; Sequence sequence; long used; } Beginning;
+
+enum { BEGINNINGS = 16 };
 
 typedef struct {
     const Model *m;
     Sampling sampling;
     int returns, batch, max_rows;
+    long kv_memory;            // bytes
     bool ignore_eos, no_special;
     const Bytes *stops;
     int n_stops;
@@ -1736,11 +1752,16 @@ typedef struct {
     Work work;
     SamplingScratch *scratch;  // [threads]
     Request *first, *last;     // in work or waiting for one before them, in the order of the input
+    Request *next;             // the last one read, if there are not yet pages for it
     int waiting, in_work;      // requests in the list; prompts being prefilled and continuations running
+    long set_aside, ceiling;   // pages: those that admitted requests may come to use, and all that there may be
+    Beginning beginnings[BEGINNINGS];
+    long uses;                 // of beginnings, counted
+    Request **prefills;        // [batch] scratch of plan_prefill
     Continuation **running;    // [batch]
     int n_running;
     Row *rows;                 // [max_rows]
-    long passes, rows_run, tokens_drawn;
+    long requests, passes, rows_run, tokens_drawn;     // so far
     double first_token;        // when it was drawn, in seconds()
 } Scheduler;
 
@@ -1801,12 +1822,93 @@ static void accept_token(Scheduler *s, Continuation *c, uint32_t token) {
     else if (c->n >= c->request->limit) c->reason = BY_LENGTH;
 }
 
+static int pages_for(int positions) { return (positions + PAGE - 1) / PAGE; }
+
+// Pages of a continuation behind the prompt's whole pages, which all its continuations share.
+static int end_pages(const Request *r) { return pages_for(r->n + r->limit) - r->n / PAGE; }
+
+static void forget(Scheduler *s, Beginning *b) {
+    kv_free(&s->kv, &b->sequence);
+    free(b->ids);
+    *b = (Beginning){0};
+}
+
+// Sets pages aside, if need be those of the beginnings that were used longest ago. False: there are not enough now.
+static bool set_aside(Scheduler *s, int pages) {
+    if (s->set_aside + pages > s->ceiling) return false;
+    for (;;) {
+        long kept = 0;
+        Beginning *oldest = NULL;
+        for (Beginning *b = s->beginnings; b < s->beginnings + BEGINNINGS; b++) {
+            kept += b->sequence.n_pages;
+            if (b->ids && (oldest == NULL || b->used < oldest->used)) oldest = b;
+        }
+        if (oldest == NULL || s->set_aside + pages + kept <= s->ceiling) break;
+        forget(s, oldest);
+    }
+    s->set_aside += pages;
+    return true;
+}
+
+// Positions at the beginning of two prompts, whole pages of them, that hold the same tokens.
+static int common_beginning(const uint32_t *a, const uint32_t *b, int most) {
+    int n = 0;
+    while (n < most && memcmp(a + n, b + n, PAGE * sizeof *a) == 0) n += PAGE;
+    return n;
+}
+
+// Takes over what another prompt that begins alike has computed, or will soon have: then it is worth to wait, and the
+// answer is false. Only prompts before this one count, so the first that is not prefilled never waits.
+static bool share_beginning(Scheduler *s, Request *r) {
+    int most = (r->n - 1) / PAGE * PAGE, best = 0;     // one row must be left, for its logits
+    const Sequence *from = NULL;
+    Beginning *known = NULL;
+    for (const Request *q = s->first; q != r; q = q->next) {
+        if (!q->admitted || q->done) continue;
+        int common = common_beginning(q->ids, r->ids, q->n < most ? q->n / PAGE * PAGE : most);
+        if (common > best) best = common, from = &q->prefix;
+    }
+    for (Beginning *b = s->beginnings; b < s->beginnings + BEGINNINGS; b++) {
+        int common = common_beginning(b->ids, r->ids, b->sequence.length < most ? b->sequence.length : most);
+        if (common > 0 && common >= best) best = common, from = &b->sequence, known = b;
+    }
+    if (best == 0) return true;
+    if (from->length < best) return false;
+    r->prefix = kv_fork(from, best);
+    if (known) known->used = ++s->uses;
+    return true;
+}
+
+// Keeps a prompt's whole pages for those that may begin alike.
+static void remember_beginning(Scheduler *s, Request *r) {
+    Beginning *place = s->beginnings;
+    for (Beginning *b = s->beginnings; b < s->beginnings + BEGINNINGS; b++) {
+        if (b->ids && common_beginning(b->ids, r->ids, r->prefix.length) == r->prefix.length &&
+            b->sequence.length >= r->prefix.length) return;     // it is known
+        if (b->used < place->used) place = b;
+    }
+    if (r->prefix.length == 0) return;
+    if (place->ids) forget(s, place);
+    *place = (Beginning){ .ids = r->ids, .sequence = r->prefix, .used = ++s->uses };
+    r->ids = NULL;
+    r->prefix = (Sequence){0};
+}
+
 static void finish(Scheduler *s, Continuation *c) {
+    Request *r = c->request;
     kv_free(&s->kv, &c->sequence);
     free(c->ids);
     c->ids = NULL;
     s->in_work--;
-    if (++c->request->finished == s->returns) c->request->done = true;
+    r->finished++;
+    if (r->started < s->returns) return;       // its pages go to the next one
+    s->set_aside -= end_pages(r);
+    r->ends--;
+    if (r->finished < s->returns) return;
+    s->set_aside -= r->n / PAGE + 1;
+    r->done = true;
+    remember_beginning(s, r);
+    kv_free(&s->kv, &r->prefix);
 }
 
 // Draws a token for each of n continuations, all at once.
@@ -1836,35 +1938,56 @@ static void deliver(Scheduler *s) {
     }
 }
 
-// Takes a request from the source into the list. False: there is none now.
+// Takes a request from the source into the list. False: there is none now, or it must wait for pages.
 static bool take_request(Scheduler *s, bool *ended) {
-    Request *r = s->source(s->arg, s->in_work == 0 && s->first == NULL, ended);
-    if (r == NULL) return false;
-    if (s->last) s->last->next = r;
-    else s->first = r;
-    s->last = r;
-    s->waiting++;
-    r->done = r->error || r->limit == 0;
-    if (r->error) return true;
-    r->continuations = allocate((size_t)s->returns, sizeof *r->continuations);
-    for (int i = 0; i < s->returns; i++)
-        r->continuations[i] = (Continuation){ .request = r, .number = (uint32_t)i, .reason = r->done ? BY_LENGTH : UNDECIDED };
-    if (!r->done) s->in_work++;                // its prefill
+    Request *r = s->next;
+    if (r == NULL) {
+        r = s->source(s->arg, s->in_work == 0 && s->first == NULL, ended);
+        if (r == NULL) return false;
+        if (s->last) s->last->next = r;
+        else s->first = r;
+        s->last = r;
+        r->number = s->requests++;
+        s->waiting++;
+        r->done = r->error || r->limit == 0;
+        if (r->error) return true;
+        r->continuations = allocate((size_t)s->returns, sizeof *r->continuations);
+        for (int i = 0; i < s->returns; i++)
+            r->continuations[i] = (Continuation){ .request = r, .number = (uint32_t)i,
+                                                  .reason = r->done ? BY_LENGTH : UNDECIDED };
+        if (r->done) return true;
+    }
+    // Its whole pages, the page that its continuations copy, and one continuation, so that it can always go on.
+    r->admitted = set_aside(s, r->n / PAGE + 1 + end_pages(r));
+    s->next = r->admitted ? NULL : r;
+    if (!r->admitted) return false;
+    r->ends = 1;
+    s->in_work++;                              // its prefill
     return true;
 }
 
-// Begins a continuation of a prompt that is prefilled. The last one takes its pages over, the others share them.
+// Begins a continuation of a prompt that is prefilled. The last one takes the page over that they copy.
 static Draw start_continuation(Scheduler *s, Request *r) {
     Continuation *c = &r->continuations[r->started++];
     c->ids = allocate((size_t)r->limit, sizeof *c->ids);
     append(&c->text, "", 0);                   // so that an empty text is a string too
-    if (r->started < s->returns) c->sequence = kv_fork(&r->prefix);
-    else {
-        c->sequence = r->prefix;
-        r->prefix = (Sequence){0};
+    c->sequence = kv_fork(&r->prefix, r->n);
+    if (r->started == s->returns) {
+        Sequence whole = kv_fork(&r->prefix, r->n / PAGE * PAGE);
+        kv_free(&s->kv, &r->prefix);
+        r->prefix = whole;
     }
     s->in_work++;
     return (Draw){ .c = c, .logits = r->logits };
+}
+
+// May a request's next continuation begin?
+static bool may_start(Scheduler *s, Request *r) {
+    if (!r->prefilled || r->started == s->returns || s->in_work >= s->batch) return false;
+    if (r->started - r->finished < r->ends) return true;
+    if (!set_aside(s, end_pages(r))) return false;
+    r->ends++;
+    return true;
 }
 
 // Fills the batch: with continuations of prompts that are prefilled until none is left to begin, and only then with new
@@ -1873,12 +1996,44 @@ static void admit(Scheduler *s, Draw *draws, bool *ended) {
     for (int n = 1; n > 0;) {
         n = 0;
         for (Request *r = s->first; r; r = r->next)
-            while (r->logits && r->started < s->returns && s->in_work < s->batch) draws[n++] = start_continuation(s, r);
+            while (may_start(s, r)) draws[n++] = start_continuation(s, r);
         draw_all(s, draws, n);                 // some end with their first token and make room for others
+        for (Request *r = s->first; r; r = r->next)
+            if (r->logits && r->started == s->returns) {
+                free(r->logits);
+                r->logits = NULL;
+            }
         deliver(s);
     }
     while (!interrupted && !*ended && s->in_work < s->batch && s->waiting < 16 * s->batch && take_request(s, ended))
         deliver(s);
+}
+
+static int by_rows_left(const void *a, const void *b) {
+    const Request *x = *(Request *const *)a, *y = *(Request *const *)b;
+    int left = (x->n - x->prefix.length) - (y->n - y->prefix.length);
+    return left ? left : (x->number > y->number) - (x->number < y->number);
+}
+
+// Divides `room` rows among the prompts that are being prefilled: half go to the oldest, in their order, so that
+// results come early; the rest to those that need the fewest, so that a short prompt does not wait for a long one.
+static void plan_prefill(Scheduler *s, int room) {
+    int n = 0, half = room / 2;
+    for (Request *r = s->first; r; r = r->next) {
+        r->rows = 0;
+        if (!r->admitted || r->done || r->prefilled) continue;
+        if (r->prefix.length == 0 && !share_beginning(s, r)) continue;
+        s->prefills[n++] = r;
+    }
+    for (int pass = 0; pass < 2; pass++) {
+        int left = pass ? room : half;
+        for (int i = 0; i < n; i++) {
+            Request *r = s->prefills[i];
+            int need = r->n - r->prefix.length - r->rows, more = need < left ? need : left;
+            r->rows += more, left -= more, room -= more;
+        }
+        qsort(s->prefills, (size_t)n, sizeof *s->prefills, by_rows_left);
+    }
 }
 
 // The rows of the next pass; *draws get those that will want a token.
@@ -1891,9 +2046,10 @@ static int gather(Scheduler *s, Draw *draws, int *n_draws) {
         s->rows[n++] = (Row){ &c->sequence, c->sequence.length++, c->ids[c->n - 1], true };
         draws[(*n_draws)++] = (Draw){ .c = c };
     }
-    for (Request *r = s->first; r && n < s->max_rows; r = r->next) {
-        if (r->done || r->logits) continue;
-        int from = r->prefix.length, end = r->n - from < s->max_rows - n ? r->n : from + s->max_rows - n;
+    plan_prefill(s, s->max_rows - n);
+    for (Request *r = s->first; r; r = r->next) {
+        if (r->rows == 0) continue;
+        int end = r->prefix.length + r->rows;
         kv_reserve(&s->kv, &r->prefix, end);
         for (; r->prefix.length < end; r->prefix.length++)
             s->rows[n++] = (Row){ &r->prefix, r->prefix.length, r->ids[r->prefix.length],
@@ -1911,18 +2067,22 @@ static int rows_of_pass(long asked, int usual, long most) {
 // Runs requests until the source has no more, or a signal comes.
 static void schedule(Scheduler *s) {
     size_t vocab = (size_t)s->m->c.vocab;
+    if (s->batch == 0) s->batch = USUAL_BATCH;
     // What is allowed is not always used: more rows than this cannot be in a pass, or pay for their memory.
     if (s->batch > MAX_BATCH) s->batch = MAX_BATCH;
     long most = (long)s->batch * s->m->c.context;
     s->max_rows = rows_of_pass(s->max_rows, s->batch > USUAL_ROWS ? s->batch : USUAL_ROWS, most);
     if (s->max_rows < s->batch) s->batch = s->max_rows;
     s->kv = kv_open(&s->m->c);
+    s->ceiling = s->kv_memory / page_bytes(&s->kv);
     s->work = work_open(s->m, s->work.kernels, s->max_rows, s->batch);
     s->running = allocate((size_t)s->batch, sizeof *s->running);
+    s->prefills = allocate((size_t)s->batch, sizeof *s->prefills);
     s->rows = allocate((size_t)s->max_rows, sizeof *s->rows);
     s->scratch = allocate((size_t)pool.threads, sizeof *s->scratch);
     for (int i = 0; i < pool.threads; i++)
-        s->scratch[i] = (SamplingScratch){ allocate_raw(vocab, sizeof(Candidate), 64), allocate_raw(vocab, sizeof(float), 64) };
+        s->scratch[i] = (SamplingScratch){ allocate_raw(vocab, sizeof(Candidate), 64),
+                                           allocate_raw(vocab, sizeof(float), 64) };
     Draw *draws = allocate((size_t)s->batch, sizeof *draws);
 
     for (bool ended = false; !interrupted;) {
@@ -1936,8 +2096,9 @@ static void schedule(Scheduler *s) {
         s->rows_run += n;
         for (int i = 0; i < n_draws; i++) draws[i].logits = logits_of(&s->work, i);
         for (Request *r = s->first; r; r = r->next)
-            if (!r->done && !r->logits && r->prefix.length == r->n) {
-                r->logits = allocate(vocab, sizeof(float));
+            if (r->rows > 0 && r->prefix.length == r->n) {
+                r->prefilled = true;
+                r->logits = allocate_raw(vocab, sizeof(float), 64);
                 int i = 0;
                 while (s->rows[s->work.logit_rows[i]].sequence != &r->prefix) i++;
                 memcpy(r->logits, logits_of(&s->work, i), vocab * sizeof(float));
@@ -1950,7 +2111,9 @@ static void schedule(Scheduler *s) {
     free(draws);
     for (int i = 0; i < pool.threads; i++) free(s->scratch[i].candidates), free(s->scratch[i].penalized);
     free(s->scratch);
+    for (int i = 0; i < BEGINNINGS; i++) forget(s, &s->beginnings[i]);
     free(s->rows);
+    free(s->prefills);
     free(s->running);
     work_close(&s->work);
 }
@@ -1966,6 +2129,7 @@ static void request_free(Request *r, int returns, KVCache *kv) {
     free(r->logits);
     free(r->ids);
     free(r->prompt);
+    free(r->others.data);
     free(r->error);
     free(r);
 }
@@ -2087,11 +2251,151 @@ static size_t unescape(char *s, size_t n) {
     return out;
 }
 
+// A line of --jsonl: one JSON value (RFC 8259), strictly: UTF-8, nothing behind it, nested at most MAX_DEPTH deep.
+typedef struct {
+    const char *start, *at, *end;
+    const char *flaw;          // what is wrong at `at`, or NULL
+} Json;
+
+enum { MAX_DEPTH = 200 };
+
+static bool json_fail(Json *j, const char *flaw) {
+    if (!j->flaw) j->flaw = flaw;
+    return false;
+}
+
+static void json_skip_space(Json *j) {
+    while (j->at < j->end && strchr(" \t\r\n", *j->at) && *j->at) j->at++;
+}
+
+// Skips space, then takes this character if it is next.
+static bool json_take(Json *j, char c) {
+    json_skip_space(j);
+    if (j->at == j->end || *j->at != c) return false;
+    j->at++;
+    return true;
+}
+
+// A string; what it says is appended to `out` unless that is NULL.
+static bool json_string(Json *j, Bytes *out) {
+    if (!json_take(j, '"')) return json_fail(j, "a string was expected");
+    while (j->at < j->end && *j->at != '"') {
+        static const char names[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+        char text[4];
+        uint32_t code;
+        size_t left = (size_t)(j->end - j->at), used = utf8_char(j->at, left, &code), n = used;
+        if (code == UINT32_MAX) return json_fail(j, "this is not UTF-8");
+        if (code < 0x20) return json_fail(j, "a control character must be escaped");
+        memcpy(text, j->at, n);
+        const char *name = code == '\\' && left > 1 && j->at[1] ? strchr(names, j->at[1]) : NULL;
+        if (name) text[0] = meanings[name - names], used = 2;
+        else if (code == '\\') {
+            long unit = left > 5 && j->at[1] == 'u' ? hex(j->at + 2, left - 2, 4) : -1, low = -1;
+            if (unit < 0) return json_fail(j, "there is no such escape");
+            used = 6;
+            if (unit >= 0xD800 && unit < 0xDC00 && left >= 12 && j->at[6] == '\\' && j->at[7] == 'u')
+                low = hex(j->at + 8, left - 8, 4);
+            if (low >= 0xDC00 && low < 0xE000) unit = 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00), used = 12;
+            if (unit >= 0xD800 && unit < 0xE000) return json_fail(j, "half a pair of surrogates is no character");
+            n = put_utf8(text, unit);
+        }
+        if (out) append(out, text, n);
+        j->at += used;
+    }
+    if (j->at == j->end) return json_fail(j, "the string does not end");
+    j->at++;
+    return true;
+}
+
+static void json_digits(Json *j, int *count) {
+    for (*count = 0; j->at < j->end && isdigit((unsigned char)*j->at); ++*count) j->at++;
+}
+
+static bool json_number(Json *j) {
+    int digits;
+    if (*j->at == '-') j->at++;
+    const char *first = j->at;
+    json_digits(j, &digits);
+    if (digits == 0 || (digits > 1 && *first == '0')) return json_fail(j, "this is no JSON value");
+    if (j->at < j->end && *j->at == '.') {
+        j->at++;
+        json_digits(j, &digits);
+        if (digits == 0) return json_fail(j, "a digit was expected");
+    }
+    if (j->at < j->end && (*j->at == 'e' || *j->at == 'E')) {
+        j->at++;
+        if (j->at < j->end && (*j->at == '+' || *j->at == '-')) j->at++;
+        json_digits(j, &digits);
+        if (digits == 0) return json_fail(j, "a digit was expected");
+    }
+    return true;
+}
+
+// Any value, checked and skipped.
+static bool json_value(Json *j, int depth) {
+    static const char *const words[] = { "true", "false", "null" };
+    json_skip_space(j);
+    if (depth > MAX_DEPTH) return json_fail(j, "this is nested too deep");
+    if (j->at == j->end) return json_fail(j, "a value was expected");
+    if (*j->at == '"') return json_string(j, NULL);
+    bool object = *j->at == '{';
+    if (object || *j->at == '[') {
+        char end = object ? '}' : ']';
+        j->at++;
+        if (json_take(j, end)) return true;
+        do {
+            if (object && !json_string(j, NULL)) return false;
+            if (object && !json_take(j, ':')) return json_fail(j, "a colon was expected");
+            if (!json_value(j, depth + 1)) return false;
+        } while (json_take(j, ','));
+        return json_take(j, end) || json_fail(j, object ? "a comma or } was expected" : "a comma or ] was expected");
+    }
+    for (size_t i = 0; i < 3; i++) {
+        size_t n = strlen(words[i]);
+        if ((size_t)(j->end - j->at) >= n && memcmp(j->at, words[i], n) == 0) return j->at += n, true;
+    }
+    return json_number(j);
+}
+
+// An object with a "prompt" that is a string: appends what it says to `prompt`, and each other member as it is, with a
+// comma behind it, to `others`, but for those that the output has of its own. The last of equal names counts.
+static bool json_record(Json *j, Bytes *prompt, Bytes *others) {
+    static const char *const ours[] = { "generated_text", "finish_reason", "prompt_tokens", "new_tokens", "seed",
+                                        "error" };
+    bool found = false;
+    if (!json_take(j, '{')) return json_fail(j, "an object was expected");
+    if (!json_take(j, '}')) {
+        do {
+            json_skip_space(j);
+            const char *start = j->at;
+            Bytes name = {0};
+            if (!json_string(j, &name) || !(json_take(j, ':') || json_fail(j, "a colon was expected"))) {
+                free(name.data);
+                return false;
+            }
+            bool is_prompt = name.size == 6 && memcmp(name.data, "prompt", 6) == 0, is_ours = is_prompt;
+            for (size_t i = 0; i < sizeof ours / sizeof *ours; i++)
+                is_ours |= name.size == strlen(ours[i]) && memcmp(name.data, ours[i], name.size) == 0;
+            free(name.data);
+            if (is_prompt) prompt->size = 0;
+            if (!(is_prompt ? json_string(j, prompt) : json_value(j, 0))) return false;
+            found |= is_prompt;
+            if (is_ours) continue;
+            append(others, start, (size_t)(j->at - start));
+            append_string(others, ", ");
+        } while (json_take(j, ','));
+        if (!json_take(j, '}')) return json_fail(j, "a comma or } was expected");
+    }
+    json_skip_space(j);
+    if (j->at < j->end) return json_fail(j, "there is more behind the object");
+    return found || json_fail(j, "there is no member \"prompt\"");
+}
+
 // ---- 11. Output ----
 // Text and JSON on standard output. A text goes out whole or, streamed, in whole characters; it is never edited, only
 // escaped where a line or a terminal needs it.
 
-typedef enum { PLAIN, LINE, ZERO_ENDED, JSON } Form;
+typedef enum { PLAIN, LINE, ZERO_ENDED, JSON, MEMBERS } Form;     // MEMBERS: JSON already
 
 static bool terminal;          // is standard output one? Then control characters are shown, not sent
 
@@ -2120,8 +2424,9 @@ static void append_text(Bytes *out, const char *s, size_t n, Form form) {
             snprintf(escape, sizeof escape, "\\%c", code == '\n' ? 'n' : code == '\r' ? 'r' : code == '\t' ? 't' : (char)code);
         else if (code == 0 && form == LINE) strcpy(escape, "\\0");
         else if (code == 0 && form == ZERO_ENDED) strcpy(escape, "\xEF\xBF\xBD");
-        else if (form == JSON && (code < 0x20 || (terminal && control))) snprintf(escape, sizeof escape, "\\u%04x", code);
-        else if (terminal && (broken || (control && code != '\n' && code != '\t')))
+        else if ((form == JSON && code < 0x20) || (form >= JSON && terminal && control && code >= 0x7F))
+            snprintf(escape, sizeof escape, "\\u%04x", code);
+        else if (form < JSON && terminal && (broken || (control && code != '\n' && code != '\t')))
             snprintf(escape, sizeof escape, broken || code < 0x80 ? "\\x%02x" : "\\u%04x", code);
         if (*escape) append_string(out, escape);
         else append(out, s, length);
@@ -2159,10 +2464,14 @@ static Bytes whole_text(const Continuation *c, bool echo) {
     return text;
 }
 
-// {"prompt", "generated_text", "finish_reason", "prompt_tokens", "new_tokens", "seed"} or {"prompt", "error"}.
+// {"prompt", "generated_text", "finish_reason", "prompt_tokens", "new_tokens", "seed"} or {"prompt", "error"}, behind
+// the members that came with a prompt of --jsonl. A line that is no JSON has the prompt null.
 static void append_request_json(Bytes *out, const Request *r, int returns, bool echo) {
     static const char *const reasons[] = { [BY_EOS] = "eos", [BY_LENGTH] = "length", [BY_STOP] = "stop" };
-    append_json(out, "{\"prompt\": ", r->prompt, r->prompt_size);
+    append_string(out, "{");
+    append_text(out, r->others.data, r->others.size, MEMBERS);
+    if (r->prompt) append_json(out, "\"prompt\": ", r->prompt, r->prompt_size);
+    else append_string(out, "\"prompt\": null");
     if (r->error) append_json(out, ", \"error\": ", r->error, strlen(r->error));
     else {
         append_string(out, ", \"generated_text\": [");
@@ -2187,9 +2496,10 @@ typedef struct {
     const char *model, *prompt, *file, *truncate, *logits;
     const char *stops[MAX_STOPS];
     int n_stops;
-    bool no_escape, null, ignore_eos, no_echo, no_special, json, tokenize, detokenize, info, verify, bench, quiet,
+    bool no_escape, null, jsonl, ignore_eos, no_echo, no_special, json, tokenize, detokenize, info, verify, bench, quiet,
          verbose, help, version;
-    long new_tokens, top_k, returns, seed, threads, batch, rows;   // seed -1: drawn from the system
+    long new_tokens, top_k, returns, seed, threads, batch, rows;   // seed -1: drawn from the system; 0: as usual
+    long kv_memory;            // bytes
     double temperature, top_p, min_p, penalty;
 } Options;
 
@@ -2217,7 +2527,7 @@ static int next_prompt(Prompts *p, bool wait, char **text, size_t *n, long *line
         return 1;
     }
     int got = next_record(&p->records, wait, text, n);
-    if (got == 1 && !p->o->no_escape && !p->o->null) *n = unescape(*text, *n);
+    if (got == 1 && !p->o->no_escape && !p->o->null && !p->o->jsonl) *n = unescape(*text, *n);
     *line = p->records.line;
     return got;
 }
@@ -2261,6 +2571,13 @@ static void give_tokens(Request *r, Model *m, const Options *o, long new_tokens)
                                  "--truncate left", count, context, new_tokens > 0 ? ", new ones included" : "");
     if (r->error) return;
     r->n = r->given = (int)count;
+    KVCache kv = kv_open(&m->c);
+    long tokens = r->n + new_tokens < m->c.context ? r->n + new_tokens : m->c.context;
+    double need = (double)(pages_for((int)tokens) + 1) * (double)page_bytes(&kv);
+    if (need > (double)o->kv_memory)
+        r->error = format_string("the prompt and its new tokens need %.1f MB of keys and values, --kv-memory allows "
+                                 "%.1f; a smaller -n or a larger --kv-memory does", need * 1e-6,
+                                 (double)o->kv_memory * 1e-6);
 }
 
 // Everything `generate` knows; the scheduler's callbacks get it.
@@ -2290,8 +2607,18 @@ static Request *read_request(void *arg, bool wait, bool *ended) {
     if (got < 1) return NULL;
     Request *r = allocate(1, sizeof *r);
     Bytes prompt = {0};
-    append(&prompt, text, n);
-    *r = (Request){ .line = line, .prompt = prompt.data, .prompt_size = n };
+    r->line = line;
+    append(&prompt, text, g->o->jsonl ? 0 : n);
+    Json record = { text, text, text + n, NULL };
+    if (g->o->jsonl && !json_record(&record, &prompt, &r->others)) {
+        free(prompt.data);
+        free(r->others.data);
+        r->others = (Bytes){0};
+        r->error = format_string("no prompt in JSON: at byte %td %s", record.at - record.start, record.flaw);
+        return r;
+    }
+    r->prompt = prompt.data;
+    r->prompt_size = prompt.size;
     give_tokens(r, g->m, g->o, g->o->new_tokens);
     long room = g->m->c.context - r->n;
     r->limit = (int)(g->o->new_tokens < room ? g->o->new_tokens : room);
@@ -2389,7 +2716,7 @@ static int generate(const Options *o, Model *m, const Kernels *kernels) {
     Generation g = {
         .o = o, .m = m, .prompts = prompts_open(o), .stream = (o->prompt || o->file) && o->returns == 1 && !o->json,
         .s = { .m = m, .sampling = { o->temperature, o->top_p, o->min_p, o->penalty, o->top_k },
-               .returns = (int)o->returns, .batch = (int)o->batch, .max_rows = (int)o->rows,
+               .returns = (int)o->returns, .batch = (int)o->batch, .max_rows = (int)o->rows, .kv_memory = o->kv_memory,
                .ignore_eos = o->ignore_eos, .stops = stops, .n_stops = o->n_stops, .source = read_request,
                .progress = show_progress, .finished = show_line, .sink = show_request, .work.kernels = kernels },
     };
@@ -2402,6 +2729,8 @@ static int generate(const Options *o, Model *m, const Kernels *kernels) {
         fprintf(stderr, "kl3m: %ld passes, %ld rows, %ld new tokens in %.3f s, %.1f tokens/s, %s, %d threads\n",
                 g.s.passes, g.s.rows_run, g.s.tokens_drawn, end - start, (double)g.s.tokens_drawn / (end - start),
                 kernels->name, pool.threads);
+        fprintf(stderr, "kl3m: %.1f of %.1f MB for keys and values\n",
+                (double)g.s.kv.pages * (double)page_bytes(&g.s.kv) * 1e-6, (double)o->kv_memory * 1e-6);
         if (g.s.tokens_drawn > 1)
             fprintf(stderr, "kl3m: first token after %.3f s, %ld more at %.2f tokens/s\n", g.s.first_token - start,
                     g.s.tokens_drawn - 1, (double)(g.s.tokens_drawn - 1) / (end - g.s.first_token));
@@ -2870,7 +3199,7 @@ static int bench(const Options *o, Model *m, const Kernels *kernels) {
 // One table: the parser, --help and the README's table (a test compares them) come from it. A number is parsed whole
 // and held to its range; nothing is clamped in silence. The environment is read here and nowhere else.
 
-typedef enum { FLAG, TEXT, STOP_TEXT, CHOICE, WHOLE, REAL } Kind;
+typedef enum { FLAG, TEXT, STOP_TEXT, CHOICE, WHOLE, REAL, SIZE } Kind;
 
 typedef struct {
     char letter;               // or 0
@@ -2883,7 +3212,7 @@ typedef struct {
 } Option;
 
 static Options options = {
-    .new_tokens = 128, .top_k = 50, .returns = 1, .seed = -1, .threads = 0, .batch = 12, .rows = 0,
+    .new_tokens = 128, .top_k = 50, .returns = 1, .seed = -1, .threads = 0, .batch = 0, .rows = 0,
     .temperature = 0.3, .top_p = 1, .min_p = 0, .penalty = 1,
 };
 
@@ -2893,6 +3222,7 @@ static const Option option_table[] = {
     { 'f', "file", "FILE", TEXT, &options.file, 0, 0, 0, "the whole file is the prompt; - is stdin" },
     { 0, "no-escape", NULL, FLAG, &options.no_escape, 0, 0, 0, "take prompts and stop texts as they are" },
     { '0', "null", NULL, FLAG, &options.null, 0, 0, 0, "prompts and texts end in NUL, as they are" },
+    { 0, "jsonl", NULL, FLAG, &options.jsonl, 0, 0, 0, "each line is JSON with \"prompt\"; implies --json" },
     { 'n', "max-new-tokens", "N", WHOLE, &options.new_tokens, 0, INT_MAX, 0, "at most N new tokens (128)" },
     { 't', "temperature", "T", REAL, &options.temperature, 0, INFINITY, 0, "0 is greedy (0.3)" },
     { 'k', "top-k", "K", WHOLE, &options.top_k, 0, INT_MAX, 0, "draw from the K likeliest; 0 is off (50)" },
@@ -2908,8 +3238,9 @@ static const Option option_table[] = {
     { 0, "no-special", NULL, FLAG, &options.no_special, 0, 0, 0, "read <|end|> in a prompt as plain text" },
     { 0, "json", NULL, FLAG, &options.json, 0, 0, 0, "one JSON object a prompt, one a line" },
     { 'j', "threads", "J", WHOLE, &options.threads, 1, INT_MAX, 0, "threads (the CPUs this process may use)" },
-    { 'b', "batch", "B", WHOLE, &options.batch, 1, INT_MAX, 0, "most sequences in work at once (12)" },
+    { 'b', "batch", "B", WHOLE, &options.batch, 1, INT_MAX, 0, "most sequences in work at once (48)" },
     { 0, "rows", "N", WHOLE, &options.rows, 1, INT_MAX, 0, "most rows (tokens) in one pass (256, or B)" },
+    { 0, "kv-memory", "SIZE", SIZE, &options.kv_memory, 1, 0x1p60, 0, "ceiling for keys and values, as 512M or 2G" },
     { 0, "tokenize", NULL, FLAG, &options.tokenize, 0, 0, 0, "print each prompt's token ids" },
     { 0, "detokenize", NULL, FLAG, &options.detokenize, 0, 0, 0, "lines of token ids in, their text out" },
     { 0, "logits", "FILE", TEXT, &options.logits, 0, 0, 0, "write the prompt's logits, fp32" },
@@ -2977,8 +3308,23 @@ static void parse_number(const Option *o, const char *text) {
     else *(long *)o->address = (long)value;    // whole and at most 2^53 - 1: exact
 }
 
+// Bytes, or with a letter behind the number units of 1024, 1024^2, 1024^3 bytes.
+static void parse_size(const Option *o, const char *text) {
+    static const char units[] = "KMG";
+    const char *unit = NULL;
+    char *end;
+    double value = strtod(text, &end);
+    bool plain = end > text && strspn(text, "0123456789.") == (size_t)(end - text);
+    if (*end && end[1] == 0) unit = strchr(units, toupper((unsigned char)*end));
+    if (unit) value = ldexp(value, 10 * (int)(unit - units + 1));
+    if (!plain || (*end && !unit) || !(value >= o->least && value <= o->most))
+        usage_error("%s: '%s' is not a size, as 512M or 2G", option_title(o), text);
+    *(long *)o->address = (long)value;
+}
+
 static void set_option(const Option *o, const char *value) {
     if (o->kind == FLAG) *(bool *)o->address = true;
+    else if (o->kind == SIZE) parse_size(o, value);
     else if (o->kind == WHOLE || o->kind == REAL) parse_number(o, value);
     else if (o->kind == STOP_TEXT) {
         if (options.n_stops == MAX_STOPS) usage_error("%s: more than %d stop texts", option_title(o), MAX_STOPS);
@@ -3038,6 +3384,11 @@ static void parse_options(int argc, char **argv) {
         }
     }
     if (options.prompt && options.file) usage_error("-p, --prompt and -f, --file exclude each other");
+    if (options.jsonl && (options.prompt || options.file || options.null))
+        usage_error("--jsonl takes its prompts from lines of standard input: not with -p, -f or -0");
+    if (options.jsonl && (options.tokenize || options.detokenize || options.logits))
+        usage_error("--jsonl is for generating: not with --tokenize, --detokenize or --logits");
+    if (options.jsonl) options.json = true;
     int commands = options.tokenize + options.detokenize + (options.logits != NULL) + options.info + options.verify +
                    options.bench;
     if (commands > 1) usage_error("--tokenize, --detokenize, --logits, --info, --verify and --bench exclude each other");
@@ -3087,38 +3438,53 @@ static const Kernels *find_kernels(void) {
 }
 
 #ifdef __linux__
-// A cgroup's quota in CPUs, rounded up, or LONG_MAX. Version 2's file holds "quota period" or "max period"; version
-// 1's the quota alone, -1 for none, and its period is 100 ms unless somebody changed it.
-static long quota_of(const char *file) {
+// The first number of a cgroup's file, divided by the second if there is one: "quota period" of version 2's cpu.max is
+// CPUs, memory.max is bytes. INFINITY where there is no file or no limit ("max", or -1 in version 1).
+static double limit_in(const char *file) {
     FILE *f = fopen(file, "r");
-    long quota = 0, period = 100000;
-    bool limited = f && fscanf(f, "%ld %ld", &quota, &period) >= 1 && quota > 0 && period > 0;
+    double limit = 0, period = 1;
+    bool limited = f && fscanf(f, "%lf %lf", &limit, &period) >= 1 && limit > 0 && period > 0;
     if (f) fclose(f);
-    return limited ? (quota + period - 1) / period : LONG_MAX;
+    return limited ? limit / period : INFINITY;
 }
-#endif
 
-// The CPUs that this process may use at once: its affinity mask, or the quota of a cgroup it is in if that is less.
-static int usable_cpus(void) {
-    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
+// The least limit in the files of this name of the cgroup (version 2) that this process is in, and of its parents.
+static double limit_of_cgroup(const char *name) {
     char line[PATH_MAX] = "", file[PATH_MAX + 64];
+    double least = INFINITY;
     FILE *f = fopen("/proc/self/cgroup", "r");
     while (f && fgets(line, sizeof line, f) && strncmp(line, "0::/", 4) != 0) *line = 0;    // version 2's only line
     if (f) fclose(f);
     char *path = *line ? line + 3 : line;
-    for (path[strcspn(path, "\n")] = 0;; *strrchr(path, '/') = 0) {       // this cgroup, its parent, ... the root
-        snprintf(file, sizeof file, "/sys/fs/cgroup%s/cpu.max", path);
-        long quota = quota_of(file);
-        if (quota < cpus) cpus = quota;
-        if (strrchr(path, '/') == NULL) break;
+    for (path[strcspn(path, "\n")] = 0;; *strrchr(path, '/') = 0) {
+        snprintf(file, sizeof file, "/sys/fs/cgroup%s/%s", path, name);
+        least = fmin(least, limit_in(file));
+        if (strrchr(path, '/') == NULL) return least;
     }
-    long quota = quota_of("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
-    if (quota < cpus) cpus = quota;
+}
+#endif
+
+// The CPUs that this process may use at once: its affinity mask, or a cgroup's quota, rounded up, if that is less.
+static int usable_cpus(void) {
+    double cpus = (double)sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
+    cpus = fmin(cpus, ceil(limit_of_cgroup("cpu.max")));
+    double period = limit_in("/sys/fs/cgroup/cpu/cpu.cfs_period_us");      // version 1
+    if (period < INFINITY) cpus = fmin(cpus, ceil(limit_in("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") / period));
 #endif
     return cpus < 1 ? 1 : cpus > 1024 ? 1024 : (int)cpus;
+}
+
+// A quarter of the memory that this process may use: the machine's, or that of a cgroup it is in if that is less.
+static long usual_kv_memory(void) {
+    double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+#ifdef __linux__
+    double limit = limit_of_cgroup("memory.max");
+    if (limit < memory) memory = limit;
+#endif
+    return (long)(memory / 4);
 }
 
 // ---- 14. Main ----
@@ -3139,6 +3505,7 @@ static void find_program(const char *name) {
 }
 
 static int run_command(void) {
+    if (options.kv_memory == 0) options.kv_memory = usual_kv_memory();
     char *path = find_model();
     Model m = model_open(path);
     const Kernels *kernels = find_kernels();

@@ -5,6 +5,7 @@
 //     unit utf8          every sequence of up to 4 bytes that can matter, against a plain description of UTF-8
 //     unit threads       every piece is run once, whatever the threads do
 //     unit roofline      what a pass of the real model needs at least, against figures worked out by hand
+//     unit prefill       how the rows of a pass are divided among prompts
 //     unit distribution  reads f64 { temperature, top_k, top_p, min_p, penalty, n, n_history }, n f32 logits and
 //                        n_history u32 ids from standard input, again and again; writes a line "id probability ..."
 #define KL3M_TEST
@@ -195,10 +196,33 @@ static int check_roofline(void) {
     return 0;
 }
 
+// The rows that prompts with so many tokens left get of a pass, beside what the rule says.
+static int check_prefill(void) {
+    static const struct { int room, n, need[4], want[4]; } cases[] = {
+        { 16, 2, { 200, 3 }, { 13, 3 } }, { 16, 3, { 200, 100, 3 }, { 8, 5, 3 } }, { 16, 2, { 3, 200 }, { 3, 13 } },
+        { 16, 4, { 2, 3, 2, 1 }, { 2, 3, 2, 1 } }, { 16, 2, { 10, 10 }, { 10, 6 } }, { 1, 2, { 5, 2 }, { 0, 1 } },
+        { 16, 3, { 6, 50, 5 }, { 6, 5, 5 } }, { 0, 1, { 5 }, { 0 } }, { 256, 1, { 3000 }, { 256 } },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Request requests[4] = {0}, *scratch[4];
+        Scheduler s = { .first = requests, .prefills = scratch };
+        for (int r = 0; r < cases[i].n; r++)
+            requests[r] = (Request){ .n = cases[i].need[r] + 1, .prefix.length = 1, .admitted = true, .number = r,
+                                     .next = r + 1 < cases[i].n ? &requests[r + 1] : NULL };
+        plan_prefill(&s, cases[i].room);
+        for (int r = 0; r < cases[i].n; r++)
+            if (requests[r].rows != cases[i].want[r]) {
+                printf("case %zu, prompt %d: %d rows, expected %d\n", i, r, requests[r].rows, cases[i].want[r]);
+                return 1;
+            }
+    }
+    return 0;
+}
+
 int main(int argc, char **argv) {
     static const struct { const char *name; int (*run)(void); } parts[] = {
         { "math", check_math }, { "philox", check_philox }, { "utf8", check_utf8 }, { "threads", check_threads },
-        { "roofline", check_roofline }, { "distribution", print_distributions },
+        { "roofline", check_roofline }, { "prefill", check_prefill }, { "distribution", print_distributions },
     };
     for (size_t i = 0; argc == 2 && i < sizeof parts / sizeof *parts; i++)
         if (strcmp(argv[1], parts[i].name) == 0) return parts[i].run();

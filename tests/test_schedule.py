@@ -1,0 +1,218 @@
+"""Many prompts at once: the same bytes whatever is in work beside them, within the memory that is allowed."""
+import json
+import os
+import random
+import re
+import subprocess
+import threading
+
+from harness import KL3M, Skip, expect, run_kl3m, small_model, test
+from models import LEGAL_TEXT
+from test_unit import run_unit
+
+SIZES = {"max_position_embeddings": 640, "hidden_size": 64, "num_attention_heads": 4}
+
+
+def model():
+    return small_model(**SIZES)
+
+
+def lines(prompts):
+    return b"".join(prompt.replace("\n", "\\n").encode() + b"\n" for prompt in prompts)
+
+
+def random_prompts(count, seed):
+    """Prompts of 1 to 400 characters, many with a beginning in common with another."""
+    draw, prompts = random.Random(seed), []
+    for _ in range(count):
+        start = draw.choice(prompts)[:draw.randrange(1, 300)] if prompts and draw.random() < 0.6 else ""
+        at = draw.randrange(len(LEGAL_TEXT) - 200)
+        prompts.append(start + LEGAL_TEXT[at:at + draw.randrange(1, 100)])
+    return prompts
+
+
+def figures(*args, input):
+    """What -v says of a run: passes, rows, tokens and the MB of keys and values, with its output."""
+    done = run_kl3m("-m", model(), "-s", 1, "-v", *args, input=input)
+    expect(done.code, 0, done.err)
+    passes, rows, tokens = map(int, re.search(r"(\d+) passes, (\d+) rows, (\d+) new tokens", done.err).groups())
+    megabytes, ceiling = map(float, re.search(r"([\d.]+) of ([\d.]+) MB for keys", done.err).groups())
+    return done.out, passes, rows, tokens, megabytes, ceiling
+
+
+def count_tokens(prompts):
+    done = run_kl3m("-m", model(), "--tokenize", input=lines(prompts))
+    return [len(line.split()) for line in done.text.split("\n")[:-1]]
+
+
+def peak_memory(*args, input):
+    """The largest resident set in bytes, read while the program waits for more prompts; and the output."""
+    if not os.path.exists("/proc/self/status"):
+        raise Skip("the system does not say how much memory a process has used")
+    with subprocess.Popen([KL3M, "-m", str(model()), "-s", "1", *args], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as child:
+        writer = threading.Thread(target=lambda: (child.stdin.write(input), child.stdin.flush()))
+        writer.start()
+        out = b"".join(child.stdout.readline() for _ in range(input.count(b"\n")))
+        writer.join()
+        with open("/proc/%d/status" % child.pid) as file:
+            peak = re.search(r"VmHWM:\s*(\d+) kB", file.read()).group(1)
+        child.stdin.close()
+    expect(child.returncode, 0)
+    return int(peak) * 1024, out
+
+
+@test("a whole file gives the bytes that each of its lines gives alone, for any batch, rows, threads and memory")
+def _():
+    prompts = random_prompts(60, 1)
+    args = ["-m", model(), "-s", 9, "-n", 40, "-t", 1]
+    alone = b"".join(run_kl3m(*args, input=lines([prompt])).out for prompt in prompts)
+    expect(alone.count(b"\n"), 60)
+    for more in ([], ["-b", 1], ["-b", 7, "--rows", 13], ["-b", 200, "-j", 3], ["--kv-memory", "1M"],
+                 ["-b", 5, "--kv-memory", "3M", "--rows", 40]):
+        expect(run_kl3m(*args, *more, input=lines(prompts)).out, alone, more)
+    three = run_kl3m(*args, "-r", 3, "--kv-memory", "1M", input=lines(prompts)).out
+    expect(b"".join(line + b"\n" for line in three.split(b"\n")[:-1:3]), alone)
+
+
+@test("a beginning that prompts have in common is computed once, whether they run together or one after the other")
+def _():
+    start = LEGAL_TEXT[:500]
+    prompts = [start + end for end in ("A", "The", " of the State", "\n\nLaw", "")]
+    common, own = count_tokens([start])[0], count_tokens(prompts)
+    assert common > 96, common
+    shared = sum(own) - 4 * (common // 32 * 32)        # but for the part of a page at the end, for each but the first
+    for more in ([], ["-b", 1], ["-b", 2, "--rows", 50]):
+        out, _, rows, _, _, _ = figures("-n", 1, *more, input=lines(prompts))
+        assert rows <= shared + 32, (rows, shared, more)
+    expect(out, b"".join(figures("-n", 1, input=lines([prompt]))[0] for prompt in prompts))
+    # Another prompt between them does not make the program forget, and its own beginning is not taken for theirs.
+    between = ["Something else altogether. " * 5]
+    _, _, rows, _, _, _ = figures("-n", 1, "-b", 1, input=lines(prompts[:1] + between + prompts[1:]))
+    assert rows <= shared + 32 + count_tokens(between)[0], rows
+
+
+@test("keys and values stay below --kv-memory; a prompt that cannot fit is refused and keeps its place")
+def _():
+    prompts = random_prompts(80, 2)
+    want = figures("-n", 50, input=lines(prompts))
+    for size in ("2M", "1M"):
+        got = figures("-n", 50, "-b", 80, "--kv-memory", size, input=lines(prompts))
+        expect(got[0], want[0])
+        ceiling = int(size[0]) * 1048576e-6
+        assert got[4] <= ceiling and abs(got[5] - ceiling) < 0.06, got[1:]
+    assert want[4] > 2.2, "the ceiling was no constraint"
+    done = run_kl3m("-m", model(), "-s", 1, "-n", 4, "--kv-memory", "150K", input=lines(["The", LEGAL_TEXT[:600], "The"]))
+    expect((done.code, done.out.split(b"\n")[0], done.out.split(b"\n")[1]), (3, done.out.split(b"\n")[2], b""))
+    assert "line 2" in done.err and "--kv-memory" in done.err, done.err
+    # The system's own count, with pages so many that they show.
+    small, _ = peak_memory("-n", "250", "-b", "300", "--kv-memory", "1M", input=lines(["The"] * 300))
+    large, _ = peak_memory("-n", "250", "-b", "300", "--kv-memory", "1G", input=lines(["The"] * 300))
+    assert large - small > 8e6, (small, large)
+
+
+@test("ten thousand prompts need no more memory than a hundred")
+def _():
+    few, _ = peak_memory("-n", "2", input=lines(["The State %d" % i for i in range(100)]))
+    many, out = peak_memory("-n", "2", input=lines(["The State %d" % i for i in range(10000)]))
+    expect(out.count(b"\n"), 10000)
+    assert many < few + 6e6, (few, many)
+
+
+@test("half of a pass's rows go to the oldest prompts, the rest to those that need the fewest")
+def _():
+    run_unit("prefill")
+
+
+@test("from a slow writer each prompt is answered before the next one comes, and an endless one is served until it stops")
+def _():
+    with subprocess.Popen([KL3M, "-m", str(model()), "-n", "3", "-s", "1"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as child:
+        for i in range(4):
+            child.stdin.write(b"The State %d\n" % i)
+            child.stdin.flush()
+            assert child.stdout.readline().startswith(b"The State %d" % i)
+        child.stdin.close()
+        expect(child.stdout.read(), b"")
+    shell = "yes 'The State' | '%s' -m '%s' -n 2 -s 1 | head -n 500 | sort | uniq -c" % (KL3M, model())
+    done = subprocess.run(["sh", "-c", shell], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    expect((done.stdout.split()[0], done.stdout.count(b"\n"), done.stderr), (b"500", 1, b""))
+
+
+# ---- --jsonl ------------------------------------------------------------------------------------
+
+def jsonl(*records, code=0, args=()):
+    """The objects that come out for these lines, and what standard error says."""
+    data = b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in (
+        line for record in records for line in (record, b"\n")))
+    done = run_kl3m("-m", model(), "-s", 1, "-n", 5, "--jsonl", *args, input=data)
+    expect(done.code, code, done.err)
+    return [json.loads(line) for line in done.text.split("\n")[:-1]], done.err
+
+
+@test("--jsonl takes the prompt from each line's object and passes the other members through as they are")
+def _():
+    plain = json.loads(run_kl3m("-m", model(), "-s", 1, "-n", 5, "--json", input=b"The State\n").out)
+    others = {"id": 7, "text\u00e9": "\u201cquoted\u201d \\ \n\x00\U0001F600", "deep": [1, {"a": [None, True, -0.5e-3]}, []]}
+    (one, two, three), _ = jsonl({"prompt": "The State", **others}, b'\t{"prompt":"The \\u0053tate" , "id":1.50}\r',
+                                 {"seed": 9, "error": "x", "prompt": "The State", "generated_text": 1})
+    expect(one, {**plain, **others})
+    expect(two, {**plain, "id": 1.5})
+    expect(three, plain)
+    raw = run_kl3m("-m", model(), "-s", 1, "-n", 5, "--jsonl", input=b'{"n": 1.50e0, "prompt": "The State"}').out
+    assert raw.startswith(b'{"n": 1.50e0, "prompt": "The State", '), raw
+    # What a prompt says is taken as it is: no escapes are decoded in it a second time.
+    (one,), _ = jsonl({"prompt": "a\\n\n\u00e9\x00"})
+    expect(one["prompt"], "a\\n\n\u00e9\x00")
+    assert one["generated_text"][0].startswith("a\\n\n\u00e9\x00"), one
+
+
+@test("a line of --jsonl that is broken is an error of that line alone, with its place; so Python's json finds it too")
+def _():
+    good = {"prompt": "The State"}
+    broken = [b"", b"{", b"[]", b'"x"', b"null", b"{}", b'{"prompt": 1}', b'{"prompt": "x"', b'{"prompt": "x"}}',
+              b'{"prompt": "x", }', b'{"prompt": "x" "y": 1}', b"{'prompt': 'x'}", b'{"prompt": "\\x"}',
+              b'{"prompt": "\\ud800"}', b'{"prompt": "\\ud800\\u0041"}', b'{"prompt": "a\tb"}', b'{"prompt": "\xff"}',
+              b'{"prompt": "x", "n": 01}', b'{"prompt": "x", "n": 1.}', b'{"prompt": "x", "n": .5}',
+              b'{"prompt": "x", "n": 1e}', b'{"prompt": "x", "n": NaN}', b'{"prompt": "x", "n": tru}',
+              b'{"prompt": "x", "n": -}', b'{"prompt": "x", "n": [1 2]}', b'{"prompt": "x", "n": [1,]}',
+              b'{"prompt": "x", "n": {"a" 1}}', b'{"prompt": "x", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+              b'{"prompt": "\\u12"}', b'{"prompt": "x\\', b'{"prompt": "x\\u', b'{"a": 1}', b'\xef\xbb\xbf{"prompt": "x"}']
+    out, err = jsonl(*(line for bad in broken for line in (bad, good)), code=3)
+    for i, bad in enumerate(broken):
+        expect(sorted(out[2 * i]), ["error", "prompt"], bad)
+        expect(out[2 * i]["prompt"], None, bad)
+        assert "line %d:" % (2 * i + 1) in err, err
+        expect(out[2 * i + 1]["prompt"], "The State", bad)
+    # Any line with a byte changed is taken when Python takes it (but for NaN and lone surrogates), and refused else.
+    draw, line = random.Random(4), b'{"id": [1, -2.5e3, {"x": "\\u00e9"}], "prompt": "The \\"State\\"", "ok": true}'
+    changed = [line[:i] + bytes([draw.choice(b'{}[]",:\\u0e.-1 tn\x01\xc3')]) + line[i + draw.randrange(2):]
+               for i in (draw.randrange(len(line)) for _ in range(400))]
+    done = run_kl3m("-m", model(), "-s", 1, "-n", 1, "--jsonl", "-q", input=b"\n".join(changed) + b"\n")
+    results = done.text.split("\n")[:-1]
+    expect(len(results), len(changed))
+    for source, result in zip(changed, map(json.loads, results)):
+        try:
+            record = json.loads(source.decode())
+            fine = isinstance(record, dict) and isinstance(record.get("prompt"), str)
+        except ValueError:
+            fine = False
+        expect("error" not in result, fine, source)
+
+
+@test("--jsonl goes with no other source of prompts and with no other command")
+def _():
+    for args in (["-p", "x"], ["-f", "x"], ["-0"], ["--tokenize"], ["--logits", "x"], ["--detokenize"]):
+        done = run_kl3m("-m", model(), "--jsonl", *args)
+        expect((done.code, done.out), (2, b""), args)
+        assert "--jsonl" in done.err, done.err
+
+
+@test("--kv-memory takes bytes or K, M and G, and nothing else")
+def _():
+    for size in ("1000000", "1000K", "1m", "0.5G", "2g"):
+        expect(run_kl3m("-m", model(), "-n", 1, "--kv-memory", size, "-p", "x").code, 0, size)
+    for size in ("", "0", "-1", "1T", "1MB", "M", "1 M", "1e9", "0x10", "nan", "inf", "99999999999G", "1.2.3M"):
+        done = run_kl3m("-m", model(), "--kv-memory", size, "-p", "x")
+        expect((done.code, done.out), (2, b""), size)
+        assert "--kv-memory" in done.err, done.err

@@ -1710,6 +1710,7 @@ struct Request {
     Request *next;
     long line;                 // of the input, from 1; 0: the prompt was not a line
     long number;               // in the order of the input
+    size_t record_size;        // bytes that it took there
     char *prompt;              // NULL: the line was no JSON
     size_t prompt_size;
     Bytes others;              // members that came with it
@@ -1731,7 +1732,7 @@ struct Request {
 // The whole pages of a prompt that has been run: the next prompts may begin alike.
 typedef struct { uint32_t *ids; Sequence sequence; long used; } Beginning;
 
-enum { BEGINNINGS = 16 };
+enum { BEGINNINGS = 4 };      // few: their pages could be used again, and new ones cost time (measured: 1 ms)
 
 typedef struct {
     const Model *m;
@@ -2145,6 +2146,7 @@ typedef struct {
     size_t start, scanned;     // the next record begins at start; there is no delimiter before scanned
     bool ended;
     long line;                 // of the last record, from 1
+    size_t taken;              // its bytes, its end included
 } Records;
 
 // The next record, without its delimiter, valid until the next call. 1: there is one; 0: none yet, and `wait` is
@@ -2156,7 +2158,8 @@ static int next_record(Records *in, bool wait, char **text, size_t *n) {
         if (end || (in->ended && in->start < in->buffer.size)) {
             *text = in->buffer.data + in->start;
             *n = (end ? (size_t)(end - in->buffer.data) : in->buffer.size) - in->start;
-            in->start = in->scanned = in->start + *n + (end != NULL);
+            in->taken = *n + (end != NULL);
+            in->start = in->scanned = in->start + in->taken;
             in->line++;
             if (end && in->delimiter == '\n' && *n && (*text)[*n - 1] == '\r') --*n;
             return 1;
@@ -2589,7 +2592,30 @@ typedef struct {
     bool stream;               // one prompt, one continuation: shown as it grows
     size_t shown;              // bytes of the continuation
     bool some_failed;
+    bool counts;               // shown while it runs: prompts done, tokens a second, time left
+    double started, counted;   // seconds(): when it began, when that was shown last
+    long done;                 // prompts
+    double size, done_size;    // bytes of the input, 0 if nobody knows; of the prompts that are done
 } Generation;
+
+static void clear_counts(Generation *g) {
+    if (g->counted > 0) fputs("\r\033[K", stderr);
+    g->counted = 0;
+}
+
+// A line on the terminal that is written over and over, five times a second.
+static void show_counts(Generation *g) {
+    double now = seconds(), taken = now - g->started;
+    if (!g->counts || taken < 0.5 || now - g->counted < 0.2) return;
+    fprintf(stderr, "\rkl3m: %ld prompt%s, %.0f tokens/s", g->done, g->done == 1 ? "" : "s",
+            (double)g->s.tokens_drawn / taken);
+    if (g->size > 0 && g->done_size > 0) {
+        double left = taken * (g->size - g->done_size) / g->done_size;
+        fprintf(stderr, ", %.0f:%02.0f left", floor(left / 60), floor(fmod(left, 60)));
+    }
+    fputs("\033[K", stderr);
+    g->counted = now;
+}
 
 static uint64_t system_seed(void) {
     uint64_t seed;
@@ -2608,6 +2634,7 @@ static Request *read_request(void *arg, bool wait, bool *ended) {
     Request *r = allocate(1, sizeof *r);
     Bytes prompt = {0};
     r->line = line;
+    r->record_size = g->prompts.records.taken;
     append(&prompt, text, g->o->jsonl ? 0 : n);
     Json record = { text, text, text + n, NULL };
     if (g->o->jsonl && !json_record(&record, &prompt, &r->others)) {
@@ -2636,6 +2663,7 @@ static Request *read_request(void *arg, bool wait, bool *ended) {
 // Shows what is certain of a streamed continuation: no stop text can begin in it, and its characters are whole.
 static void show_progress(void *arg, Continuation *c) {
     Generation *g = arg;
+    show_counts(g);
     if (!g->stream) return;
     size_t end = c->text.size;
     if (c->reason == UNDECIDED) {
@@ -2673,6 +2701,9 @@ static void show_request(void *arg, Request *r) {
     Bytes out = {0};
     char where[32] = "";
     if (r->line) snprintf(where, sizeof where, "line %ld: ", r->line);
+    g->done++;
+    g->done_size += (double)r->record_size;
+    if (r->error || o->verbose) clear_counts(g);
     if (r->error) {
         g->some_failed = true;
         fprintf(stderr, "kl3m: %s%s\n", where, r->error);
@@ -2721,8 +2752,14 @@ static int generate(const Options *o, Model *m, const Kernels *kernels) {
                .progress = show_progress, .finished = show_line, .sink = show_request, .work.kernels = kernels },
     };
     g.s.arg = &g;
-    double start = seconds();
+    struct stat input;
+    bool lines = !o->prompt && !o->file;
+    g.counts = lines && !o->quiet && isatty(STDERR_FILENO) && !isatty(STDOUT_FILENO);
+    if (lines && fstat(STDIN_FILENO, &input) == 0 && S_ISREG(input.st_mode))
+        g.size = (double)(input.st_size - lseek(STDIN_FILENO, 0, SEEK_CUR));
+    double start = g.started = seconds();
     schedule(&g.s);
+    clear_counts(&g);
     if (interrupted) show_interrupted(&g);
     double end = seconds();
     if (o->verbose) {
@@ -3145,22 +3182,24 @@ static void show_bench_json(const Model *m, const Kernels *kernels, const BenchR
 static int bench(const Options *o, Model *m, const Kernels *kernels) {
     // As far as the context reaches: 3,840 positions are 15 windows of 256, and some are left to decode at.
     int context = m->c.context, far = (context - context / 16) / WINDOWS * WINDOWS, window = far / WINDOWS;
-    int near = window / 16, prompt = 2 * window, rows = rows_of_pass(o->rows, USUAL_ROWS, context), sequences = 16;
+    int near = window / 16, prompt = 2 * window, rows = rows_of_pass(o->rows, USUAL_ROWS, context), few = 16;
     if (window < 16) die("%s: a context of %d tokens is too short for --bench", m->path, context);
     BenchWork works[] = {
         { "decode", .sequences = 1, .from = near, .tokens = 8, .rows = 1 },
         { "decode at position %d", .about = far, .sequences = 1, .from = far, .tokens = 4, .rows = 1 },
         { "prefill of %d tokens", .about = prompt, .sequences = 1, .tokens = prompt, .rows = rows },
         { "prefill of %d tokens", .about = far, .sequences = 1, .tokens = window, .rows = rows, .step = window },
-        { "decode, %d sequences at once", .about = sequences, .sequences = sequences, .from = near, .tokens = 4, .rows = 1 },
+        { "decode, %d sequences at once", .about = few, .sequences = few, .from = near, .tokens = 4, .rows = 1 },
+        { "decode, %d sequences at once", .about = USUAL_BATCH, .sequences = USUAL_BATCH, .from = near, .tokens = 2,
+          .rows = 1 },
     };
     BenchResult result = { .works = works, .n_works = sizeof works / sizeof *works };
-    int most = rows < sequences ? sequences : rows;
-    Bench b = { .m = m, .work = work_open(m, kernels, most, sequences), .kv = kv_open(&m->c),
+    int most = rows < USUAL_BATCH ? USUAL_BATCH : rows;
+    Bench b = { .m = m, .work = work_open(m, kernels, most, USUAL_BATCH), .kv = kv_open(&m->c),
                 .parts = (int)(m->size / sizeof(float) / READ_FLOATS) };
     b.rows = allocate((size_t)most, sizeof *b.rows);
-    b.sequences = allocate((size_t)sequences, sizeof *b.sequences);
-    for (int i = 0; i < sequences; i++) {
+    b.sequences = allocate(USUAL_BATCH, sizeof *b.sequences);
+    for (int i = 0; i < USUAL_BATCH; i++) {
         kv_reserve(&b.kv, &b.sequences[i], (i ? near : far) + 8);
         for (int p = 0; p < b.sequences[i].n_pages; p++)       // memory that was never written is not memory yet
             memset(b.sequences[i].pages[p]->floats, 0, (size_t)b.kv.page_floats * sizeof(float));
@@ -3187,7 +3226,7 @@ static int bench(const Options *o, Model *m, const Kernels *kernels) {
         (o->json ? show_bench_json : show_bench)(m, kernels, &result);
         flush_stdout();
     }
-    for (int i = 0; i < sequences; i++) kv_free(&b.kv, &b.sequences[i]);
+    for (int i = 0; i < USUAL_BATCH; i++) kv_free(&b.kv, &b.sequences[i]);
     kv_close(&b.kv);
     work_close(&b.work);
     free(b.sequences);

@@ -9,7 +9,7 @@ from harness import KL3M, expect, run_kl3m, small_model, test
 from test_unit import run_unit
 
 WORKS = ["decode", "decode at position 240", "prefill of 32 tokens", "prefill of 240 tokens",
-         "decode, 16 sequences at once"]
+         "decode, 16 sequences at once", "decode, 48 sequences at once"]
 
 
 def model():

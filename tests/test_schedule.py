@@ -1,12 +1,13 @@
 """Many prompts at once: the same bytes whatever is in work beside them, within the memory that is allowed."""
 import json
 import os
+import pty
 import random
 import re
 import subprocess
 import threading
 
-from harness import KL3M, Skip, expect, run_kl3m, small_model, test
+from harness import KL3M, Skip, expect, run_kl3m, small_model, test, tmpdir
 from models import LEGAL_TEXT
 from test_unit import run_unit
 
@@ -137,6 +138,41 @@ def _():
     shell = "yes 'The State' | '%s' -m '%s' -n 2 -s 1 | head -n 500 | sort | uniq -c" % (KL3M, model())
     done = subprocess.run(["sh", "-c", shell], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
     expect((done.stdout.split()[0], done.stdout.count(b"\n"), done.stderr), (b"500", 1, b""))
+
+
+@test("on a terminal standard error counts the prompts while they run and is clean at the end; elsewhere and with -q it is silent")
+def _():
+    def run(*args, terminal=True):
+        ours, theirs = pty.openpty()
+        with open(prompts, "rb") as source:
+            child = subprocess.Popen([KL3M, "-m", str(model()), "-s", "1", "-n", "200", "-b", "1", "-j", "1", *args],
+                                     stdin=source, stdout=subprocess.PIPE, stderr=theirs if terminal else subprocess.PIPE,
+                                     env={"KL3M_ISA": "portable"})
+        os.close(theirs)
+        seen = []
+        reader = threading.Thread(target=lambda: seen.append(child.stdout.read()))
+        reader.start()
+        shown = b""
+        try:
+            while terminal:
+                shown += os.read(ours, 4096)
+        except OSError:     # nobody has the terminal open any more
+            pass
+        shown += b"" if terminal else child.stderr.read()
+        reader.join()
+        os.close(ours)
+        expect(child.wait(), 0)
+        return shown.decode(), seen[0]
+    prompts = tmpdir() / "prompts.txt"
+    prompts.write_bytes(lines(random_prompts(25, 5)))
+    shown, out = run()
+    expect(out.count(b"\n"), 25)
+    steps = re.findall(r"\rkl3m: (\d+) prompts?, (\d+) tokens/s(?:, (\d+):(\d\d) left)?\033\[K", shown)
+    assert steps and steps[-1][2] and int(steps[-1][0]) <= 25, shown
+    expect(sorted(int(step[0]) for step in steps), [int(step[0]) for step in steps])
+    assert shown.endswith("\r\033[K"), shown
+    expect(run("-q")[0], "")
+    expect(run(terminal=False)[0], "")
 
 
 # ---- --jsonl ------------------------------------------------------------------------------------

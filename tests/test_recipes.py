@@ -1,0 +1,81 @@
+"""README's recipes for many files and many machines, run as they stand there."""
+import re
+import shutil
+import subprocess
+
+from harness import KL3M, ROOT, Skip, expect, run, small_model, test, tmpdir
+from test_schedule import lines, random_prompts
+
+# A program in kl3m's place that dies in the middle of its second run, after part of its output.
+DYING = """#!/bin/sh
+if mkdir "$(dirname "$0")/first" 2>/dev/null; then exec '{kl3m}' "$@"; fi
+if mkdir "$(dirname "$0")/second" 2>/dev/null; then '{kl3m}' "$@" | head -n 3; kill -9 $$; fi
+exec '{kl3m}' "$@"
+"""
+
+
+def recipe(word):
+    """The one command of README's shell blocks that has this word."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+    found = [block for block in blocks if word in block]
+    expect(len(found), 1, "recipes with " + word)
+    return found[0]
+
+
+def kitchen(prompts, program=None):
+    """A folder with all that a recipe names: ./kl3m, demo.bin and prompts.txt."""
+    place = tmpdir()
+    if program:
+        (place / "kl3m").write_text(program.format(kl3m=KL3M))
+        (place / "kl3m").chmod(0o755)
+    else:
+        (place / "kl3m").symlink_to(KL3M)
+    (place / "demo.bin").symlink_to(small_model())
+    (place / "prompts.txt").write_bytes(prompts)
+    return place
+
+
+def cook(place, command):
+    done = run(["sh", "-c", command], cwd=place)
+    return done.code, (place / "texts.txt").read_bytes()
+
+
+def alone(place, *args):
+    """One process's exit status and output."""
+    done = run([KL3M, "-m", place / "demo.bin", "-s", "1", "-n", "16", *args],
+               input=(place / "prompts.txt").read_bytes())
+    return done.code, done.out
+
+
+def need(program):
+    if shutil.which(program) is None:
+        raise Skip(program + " is not installed")
+
+
+@test("README's recipe for GNU parallel gives one process's bytes, with a worker killed and prompts that cannot be run")
+def _():
+    need("parallel")
+    prompts = random_prompts(1000, 6)
+    for program in None, DYING:
+        place = kitchen(lines([p[:60] for p in prompts]), program)
+        expect(cook(place, recipe("parallel ")), alone(place), program)
+    # Prompts too long for the context are no reason to run a block again: their places stay empty.
+    place = kitchen(lines(["The " * 500 if i % 250 == 7 else p[:60] for i, p in enumerate(prompts)]))
+    status, texts = alone(place)
+    expect(status, 3)
+    expect(cook(place, recipe("parallel ")), (0, texts))
+
+
+@test("README's recipe for xargs -0 runs each file as a prompt, whatever its name")
+def _():
+    place = kitchen(b"")
+    texts = {"a b": "The State", "c\nd": "of New York\n", "-e": "Law"}
+    (place / "clauses").mkdir()
+    want = b""
+    for name, text in sorted(texts.items()):
+        (place / "clauses" / (name + ".txt")).write_text(text)
+    order = subprocess.run(["sh", "-c", "find clauses -name '*.txt' -print0 | sort -z"], cwd=place,
+                           stdout=subprocess.PIPE).stdout.split(b"\0")[:-1]
+    for name in order:
+        want += run([KL3M, "-m", place / "demo.bin", "-s", "1", "-n", "16", "-f", place / name.decode()]).out
+    expect(cook(place, recipe("xargs -0")), (0, want))

@@ -1903,10 +1903,11 @@ static void finish(Scheduler *s, Continuation *c) {
     s->in_work--;
     r->finished++;
     if (r->started < s->returns) return;       // its pages go to the next one
-    s->set_aside -= end_pages(r);
-    r->ends--;
-    if (r->finished < s->returns) return;
-    s->set_aside -= r->n / PAGE + 1;
+    bool all = r->finished == s->returns;
+    int spare = all ? r->ends : 1;
+    s->set_aside -= (long)spare * end_pages(r) + (all ? r->n / PAGE + 1 : 0);
+    r->ends -= spare;
+    if (!all) return;
     r->done = true;
     remember_beginning(s, r);
     kv_free(&s->kv, &r->prefix);

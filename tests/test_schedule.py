@@ -106,6 +106,10 @@ def _():
     done = run_kl3m("-m", model(), "-s", 1, "-n", 4, "--kv-memory", "150K", input=lines(["The", LEGAL_TEXT[:600], "The"]))
     expect((done.code, done.out.split(b"\n")[0], done.out.split(b"\n")[1]), (3, done.out.split(b"\n")[2], b""))
     assert "line 2" in done.err and "--kv-memory" in done.err, done.err
+    # Continuations that end before the last one begins give their pages back too: else the rest would wait for ever.
+    for more in (["-n", 1, "-b", 2], ["-n", 20, "-b", 3], ["-n", 40, "-b", 50]):
+        free = figures("-r", 5, *more, input=lines(prompts))[0]
+        expect(figures("-r", 5, *more, "--kv-memory", "800K", input=lines(prompts))[0], free, more)
     # The system's own count, with pages so many that they show.
     small, _ = peak_memory("-n", "250", "-b", "300", "--kv-memory", "1M", input=lines(["The"] * 300))
     large, _ = peak_memory("-n", "250", "-b", "300", "--kv-memory", "1G", input=lines(["The"] * 300))

@@ -1884,8 +1884,8 @@ static bool share_beginning(Scheduler *s, Request *r) {
 static void remember_beginning(Scheduler *s, Request *r) {
     Beginning *place = s->beginnings;
     for (Beginning *b = s->beginnings; b < s->beginnings + BEGINNINGS; b++) {
-        if (b->ids && common_beginning(b->ids, r->ids, r->prefix.length) == r->prefix.length &&
-            b->sequence.length >= r->prefix.length) return;     // it is known
+        if (b->ids && b->sequence.length >= r->prefix.length &&
+            common_beginning(b->ids, r->ids, r->prefix.length) == r->prefix.length) return;     // it is known
         if (b->used < place->used) place = b;
     }
     if (r->prefix.length == 0) return;
@@ -2091,6 +2091,8 @@ static void schedule(Scheduler *s) {
         admit(s, draws, &ended);
         int n_draws, n = gather(s, draws, &n_draws);
         if (n == 0 && ended && s->first == NULL) break;
+        if (n == 0 && s->next && s->in_work == 0 && !interrupted)
+            die("a prompt waits for memory that nothing holds: a fault of kl3m");
         if (n == 0) continue;                  // all that was begun ended with its first token
         forward(&s->work, s->rows, n);
         check_reader();
@@ -2559,12 +2561,8 @@ static void give_tokens(Request *r, Model *m, const Options *o, long new_tokens)
         r->error = format_string("the prompt is empty and the model has no <|start|> token; give a prompt");
         return;
     }
-    if (count == 0) {
-        r->ids[0] = m->start_token;
-        r->n = 1;
-        if (most >= 1) return;
-    }
-    if (o->truncate && keep == 0)
+    if (count == 0) r->ids[0] = m->start_token;
+    if (o->truncate && keep == 0 && count > 0)
         r->error = format_string("%ld new tokens leave no place for a prompt in the context of %zu; a smaller -n does",
                                  new_tokens, context);
     else if (o->truncate && count > keep) {
@@ -2574,11 +2572,12 @@ static void give_tokens(Request *r, Model *m, const Options *o, long new_tokens)
         r->error = format_string("the prompt has %zu tokens, the context holds %zu%s; shorten it, or cut it with "
                                  "--truncate left", count, context, new_tokens > 0 ? ", new ones included" : "");
     if (r->error) return;
-    r->n = r->given = (int)count;
+    r->given = (int)count;
+    r->n = count > 0 ? (int)count : 1;
     KVCache kv = kv_open(&m->c);
     long tokens = r->n + new_tokens < m->c.context ? r->n + new_tokens : m->c.context;
     double need = (double)(pages_for((int)tokens) + 1) * (double)page_bytes(&kv);
-    if (need > (double)o->kv_memory)
+    if (new_tokens > 0 && need > (double)o->kv_memory)
         r->error = format_string("the prompt and its new tokens need %.1f MB of keys and values, --kv-memory allows "
                                  "%.1f; a smaller -n or a larger --kv-memory does", need * 1e-6,
                                  (double)o->kv_memory * 1e-6);
@@ -2611,7 +2610,7 @@ static void show_counts(Generation *g) {
     fprintf(stderr, "\rkl3m: %ld prompt%s, %.0f tokens/s", g->done, g->done == 1 ? "" : "s",
             (double)g->s.tokens_drawn / taken);
     if (g->size > 0 && g->done_size > 0) {
-        double left = taken * (g->size - g->done_size) / g->done_size;
+        double left = fmax(taken * (g->size - g->done_size) / g->done_size, 0);    // a file may grow meanwhile
         fprintf(stderr, ", %.0f:%02.0f left", floor(left / 60), floor(fmod(left, 60)));
     }
     fputs("\033[K", stderr);

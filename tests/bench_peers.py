@@ -533,6 +533,12 @@ class Decode:
         self.program.end()
 
 
+class DecodeMany(Decode):
+    """kl3m's usual batch, beyond which it gains little."""
+    slow = True
+    settings = {"transformers": ["static cache"], "llama": ["flash attention"], "ct2": ["MKL"]}
+
+
 class DecodeFar:
     """kl3m reads its prompt each time and says itself how fast the tokens after the first came; the others keep it."""
     unit, slow, passes = "tokens/s", True, 32
@@ -620,7 +626,8 @@ class Memory(FirstToken):
         return peer.run_once(prompt[1], self.new)[1]
 
 
-WORKS = [Decode(1, 32), DecodeFar(3840), Decode(16, 16), Prefill(512), PrefillFar(3840), FirstToken(), Memory()]
+WORKS = [Decode(1, 32), DecodeFar(3840), Decode(16, 16), DecodeMany(48, 16), Prefill(512), PrefillFar(3840),
+         FirstToken(), Memory()]
 
 
 # ---- Agreement ----------------------------------------------------------------------------------

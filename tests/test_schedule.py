@@ -87,6 +87,10 @@ def _():
         out, _, rows, _, _, _ = figures("-n", 1, *more, input=lines(prompts))
         assert rows <= shared + 32, (rows, shared, more)
     expect(out, b"".join(figures("-n", 1, input=lines([prompt]))[0] for prompt in prompts))
+    # A prompt that goes on where a remembered one ends; bytes that are a token each, so that nothing lies behind them.
+    odd = bytes(random.Random(1).choice(b"\x81\x91\xa1\xb1\xc1\xf9\xfb\xfe") for _ in range(300))
+    one, two = (run_kl3m("-m", model(), "-0", "-n", 2, "-s", 1, input=text).out for text in (odd[:34], odd))
+    expect(run_kl3m("-m", model(), "-0", "-n", 2, "-s", 1, "-b", 1, input=odd[:34] + b"\0" + odd).out, one + two)
     # Another prompt between them does not make the program forget, and its own beginning is not taken for theirs.
     between = ["Something else altogether. " * 5]
     _, _, rows, _, _, _ = figures("-n", 1, "-b", 1, input=lines(prompts[:1] + between + prompts[1:]))
@@ -106,6 +110,10 @@ def _():
     done = run_kl3m("-m", model(), "-s", 1, "-n", 4, "--kv-memory", "150K", input=lines(["The", LEGAL_TEXT[:600], "The"]))
     expect((done.code, done.out.split(b"\n")[0], done.out.split(b"\n")[1]), (3, done.out.split(b"\n")[2], b""))
     assert "line 2" in done.err and "--kv-memory" in done.err, done.err
+    # So is an empty prompt, which starts from <|start|>; nothing is refused for memory that it will not use.
+    for text, n, code in (("", 200, 3), ("", 4, 0), (LEGAL_TEXT[:600], 0, 0)):
+        done = run_kl3m("-m", model(), "-n", n, "--kv-memory", "150K", input=lines([text]))
+        expect((done.code, "--kv-memory" in done.err), (code, code == 3), done.err)
     # Continuations that end before the last one begins give their pages back too: else the rest would wait for ever.
     for more in (["-n", 1, "-b", 2], ["-n", 20, "-b", 3], ["-n", 40, "-b", 50]):
         free = figures("-r", 5, *more, input=lines(prompts))[0]

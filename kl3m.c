@@ -2220,6 +2220,18 @@ static size_t put_utf8(char *out, long code) {
     return n;
 }
 
+// The character of \uHHHH, or of a pair of them, at the beginning of s[0 .. n); *used is the length. Half a pair is
+// returned as it is, from 0xD800 to 0xDFFF; -1: there is no such escape.
+static long unicode_escape(const char *s, size_t n, size_t *used) {
+    long code = n >= 6 && s[0] == '\\' && s[1] == 'u' ? hex(s + 2, n - 2, 4) : -1;
+    *used = 6;
+    if (code < 0xD800 || code >= 0xDC00 || n < 12 || s[6] != '\\' || s[7] != 'u') return code;
+    long low = hex(s + 8, n - 8, 4);
+    if (low < 0xDC00 || low >= 0xE000) return code;
+    *used = 12;
+    return 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+}
+
 // Decodes \n \t \r \\ \" \0 \xHH \uHHHH in place and returns the new length. What is no escape stays as it is.
 static size_t unescape(char *s, size_t n) {
     size_t out = 0;
@@ -2238,14 +2250,8 @@ static size_t unescape(char *s, size_t n) {
             continue;
         }
         if (c == '\\' && next == 'u') {
-            long code = hex(s + i + 2, n - i - 2, 4), low = -1;
-            size_t used = 6;
-            if (code >= 0xD800 && code < 0xDC00 && n - i >= 12 && s[i + 6] == '\\' && s[i + 7] == 'u')
-                low = hex(s + i + 8, n - i - 8, 4);
-            if (low >= 0xDC00 && low < 0xE000) {
-                code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-                used = 12;
-            }
+            size_t used;
+            long code = unicode_escape(s + i, n - i, &used);
             if (code >= 0 && (code < 0xD800 || code >= 0xE000)) {      // half a pair is no character
                 out += put_utf8(s + out, code);
                 i += used;
@@ -2296,12 +2302,8 @@ static bool json_string(Json *j, Bytes *out) {
         const char *name = code == '\\' && left > 1 && j->at[1] ? strchr(names, j->at[1]) : NULL;
         if (name) text[0] = meanings[name - names], used = 2;
         else if (code == '\\') {
-            long unit = left > 5 && j->at[1] == 'u' ? hex(j->at + 2, left - 2, 4) : -1, low = -1;
+            long unit = unicode_escape(j->at, left, &used);
             if (unit < 0) return json_fail(j, "there is no such escape");
-            used = 6;
-            if (unit >= 0xD800 && unit < 0xDC00 && left >= 12 && j->at[6] == '\\' && j->at[7] == 'u')
-                low = hex(j->at + 8, left - 8, 4);
-            if (low >= 0xDC00 && low < 0xE000) unit = 0x10000 + ((unit - 0xD800) << 10) + (low - 0xDC00), used = 12;
             if (unit >= 0xD800 && unit < 0xE000) return json_fail(j, "half a pair of surrogates is no character");
             n = put_utf8(text, unit);
         }

@@ -1117,7 +1117,7 @@ static void kv_close(KVCache *kv) {
 
 // ---- 7. Forward ----
 // Rows in, logits out. A row is a token at a position of a sequence; prefill, decoding and batches are only different
-// rows of one pass. Rows of one sequence stand together in the order of their positions. The layer (parallel
+// rows of one pass. Rows of one sequence stand together in the order of their slots, one behind the other. The layer (parallel
 // residual; without it, norm2 reads x after the attention was added):
 //
 //     x ─┬─ norm1 ─ qkv ─ rotary ─ keys, values ─ attention ─ dense ─┬─ + ─ x
@@ -1129,6 +1129,7 @@ static void kv_close(KVCache *kv) {
 typedef struct {
     Sequence *sequence;
     int position;
+    int slot;                  // where its key and value go: the position, but for a side guess, which no other row sees
     uint32_t token;
     bool wants_logits;
 } Row;
@@ -1402,8 +1403,8 @@ static void store_span(const Work *w, const Span *span, int head) {
     int end = span->first_row + (span->first_slot + span->slots + sharing - 1) / sharing;
     for (; row < end; row++) {
         float *qkv = w->qkv + tile_at(row / TILE, padded(c->qkv));
-        int position = w->rows[row].position, slot = position % PAGE;
-        float *page = kv_head(w, w->rows[row].sequence->pages[position / PAGE], head), *values = page + (long)PAGE * size;
+        int slot = w->rows[row].slot % PAGE;
+        float *page = kv_head(w, w->rows[row].sequence->pages[w->rows[row].slot / PAGE], head), *values = page + (long)PAGE * size;
         float *keys = page + slot / BLOCK * (long)BLOCK * size + slot % BLOCK;
         for (int i = 0; i < size; i++) __builtin_prefetch(keys + (long)i * BLOCK, 1);
         turn_head(w, row, key_column);
@@ -1421,13 +1422,14 @@ static void store_piece(void *arg, int piece, int thread) {
     if (!span->alone) store_span(w, span, piece % w->m->c.kv_heads);
 }
 
-// How many positions of page p a row at a position sees: 0 to PAGE.
-static int seen_in_page(int position, int p) {
-    int seen = position + 1 - p * PAGE;
-    return seen < 0 ? 0 : seen < PAGE ? seen : PAGE;
+// How many of the first n positions lie in page p: 0 to PAGE.
+static int in_page(int n, int p) {
+    n -= p * PAGE;
+    return n < 0 ? 0 : n < PAGE ? n : PAGE;
 }
 
-// Piece: a kv head of a span. out = softmax(q k^T / sqrt(head size)) v over positions 0 .. the row's own.
+// Piece: a kv head of a span. out = softmax(q k^T / sqrt(head size)) v over positions 0 .. the row's own, in their
+// order. A side guess finds the keys and values of all but its own position in their places, and its own in its slot.
 static void attention_piece(void *arg, int piece, int thread) {
     const Work *w = arg;
     const Config *c = &w->m->c;
@@ -1436,19 +1438,21 @@ static void attention_piece(void *arg, int piece, int thread) {
     int head = piece % c->kv_heads, sharing = c->heads / c->kv_heads, size = c->head_size, slots = span->slots;
     float *query = w->scratch[thread], *out = query + (long)padded(size) * TILE, *scores = out + (long)padded(size) * TILE;
     float scale = 1.0f / sqrtf((float)size);
-    int row[TILE] = {0}, column[TILE] = {0}, position[TILE] = {0};     // of each slot; column: its query head's first
+    // Of each slot; column: its query head's first; in_place: how many positions it sees in their places.
+    int row[TILE] = {0}, column[TILE] = {0}, position[TILE] = {0}, in_place[TILE] = {0}, first = INT_MAX;
     if (span->alone) store_span(w, span, head);        // what is written here is read by this core
     for (int s = 0; s < slots; s++) {
         row[s] = span->first_row + (span->first_slot + s) / sharing;
         column[s] = (head * sharing + (span->first_slot + s) % sharing) * size;
         position[s] = w->rows[row[s]].position;
+        in_place[s] = position[s] + (w->rows[row[s]].slot == position[s]);
+        first = in_place[s] < first ? in_place[s] : first;
         turn_head(w, row[s], column[s]);
         kernels->scale_columns(size, scale, w->qkv + tile_at(row[s] / TILE, padded(c->qkv)) + row[s] % TILE * BLOCK,
                                column[s], BLOCK_FLOATS, query + s * BLOCK, 0, BLOCK_FLOATS);
     }
     Page **pages = w->rows[span->first_row].sequence->pages;
-    int first = w->rows[span->first_row + span->first_slot / sharing].position;
-    int last_page = w->rows[span->first_row + (span->first_slot + slots - 1) / sharing].position / PAGE;
+    int last_page = w->rows[row[slots - 1]].slot / PAGE;
     // What is fetched ahead: the next page's keys; after the last the first page's values, the next page's values, and
     // at the end the keys of the head that is likely to be this thread's next.
     for (int p = 0; p <= last_page; p++) {
@@ -1458,26 +1462,34 @@ static void attention_piece(void *arg, int piece, int thread) {
                          (Ahead){ next, (long)BLOCK * size, 64 }, scores + (long)p * 2 * BLOCK_FLOATS, false);
     }
     float sum[TILE];
-    for (int s = 0; s < slots; s++) sum[s] = kernels->softmax(position[s] + 1, scores + s * BLOCK);
+    for (int s = 0; s < slots; s++) {
+        *cell(scores, s, position[s]) = *cell(scores, s, w->rows[row[s]].slot);
+        sum[s] = kernels->softmax(position[s] + 1, scores + s * BLOCK);
+    }
 
     // Positions that all slots see are summed for all at once; those that only later slots see, slot by slot.
     for (int p = 0; p <= last_page; p++) {
         const float *weights = scores + (long)p * 2 * BLOCK_FLOATS;
         const float *next = p < last_page ? kv_head(w, pages[p + 1], head) + (long)PAGE * size
                           : kv_head(w, pages[0], head + 1 < c->kv_heads ? head + 1 : head);
-        int common = seen_in_page(first, p);
+        int common = in_page(first, p);
         for (int d = 0; d < padded(size); d += PAIR) {
             float *tile = out + (long)d * TILE;
             const float *values = kv_head(w, pages[p], head) + (long)PAGE * (size + d);
             Ahead ahead = { next + (long)PAGE * d, PAGE * BLOCK, 64 };
             if (common > 0) kernels->product(slots, common, weights, values, PAGE * BLOCK, ahead, tile, p > 0);
-            for (int s = 0; s < slots && common < PAGE; s++)
-                for (int j = common, n; j < seen_in_page(position[s], p); j += n) {
-                    int left = seen_in_page(position[s], p) - j;
+            for (int s = 0; s < slots && common < PAGE; s++) {
+                int slot = w->rows[row[s]].slot;
+                for (int j = common, n; j < in_page(in_place[s], p); j += n) {
+                    int left = in_page(in_place[s], p) - j;
                     n = BLOCK - j % BLOCK < left ? BLOCK - j % BLOCK : left;
                     kernels->product(1, n, weights + j / BLOCK * BLOCK_FLOATS + s * BLOCK + j % BLOCK,
                                      values + j * BLOCK, PAGE * BLOCK, ahead, tile + s * BLOCK, true);
                 }
+                if (slot != position[s] && slot / PAGE == p)
+                    kernels->product(1, 1, cell(scores, s, position[s]), values + slot % PAGE * BLOCK, PAGE * BLOCK,
+                                     ahead, tile + s * BLOCK, true);
+            }
         }
     }
     for (int s = 0; s < slots; s++)
@@ -1486,7 +1498,7 @@ static void attention_piece(void *arg, int piece, int thread) {
                                BLOCK_FLOATS);
 }
 
-// Cuts the pass into spans: rows of one sequence at successive positions, TILE slots at a time.
+// Cuts the pass into spans: rows of one sequence, TILE slots at a time.
 static void find_spans(Work *w) {
     int sharing = w->m->c.heads / w->m->c.kv_heads;
     w->n_spans = 0;
@@ -1726,9 +1738,11 @@ typedef struct { uint32_t ids[ORDER]; int n; } Tail;     // the last tokens of a
 
 typedef struct {
     Context *table, *owned;            // [CONTEXTS], WAYS places for each value of the hash; the latter may be NULL
-    // How often guesses came true, by how likely they were thought to be: the table's own idea of it is not trusted.
-    double hits[CLASSES], tries[CLASSES];
+    // How often first and second guesses came true, by how likely the table thought them: it is not trusted.
+    double hits[2][CLASSES], tries[2][CLASSES];
 } Drafts;
+
+typedef struct { uint32_t token; double chance; } Guess;
 
 static void push(Tail *t, uint32_t token) {
     memmove(t->ids + 1, t->ids, (ORDER - 1) * sizeof *t->ids);
@@ -1787,13 +1801,13 @@ static void learn(const Drafts *d, Tail *t, uint32_t token) {
     push(t, token);
 }
 
-// The token that is likeliest to follow, and how likely the table thinks it: what it saw after a longer context counts
-// for as many tokens as it saw there, what a shorter one says for one more (as in Dirichlet smoothing; MacKay and Peto
-// 1995).
-static double likeliest(const Drafts *d, const Tail *t, uint32_t *token) {
+// The two tokens that are likeliest to follow, and how likely the table thinks them: what it saw after a longer context
+// counts for as many tokens as it saw there, what a shorter one says for one more (as in Dirichlet smoothing; MacKay and
+// Peto 1995). One that is not there has chance 0.
+static void likeliest(const Drafts *d, const Tail *t, Guess best[2]) {
     Context *found[ORDER + 1];
     find_contexts(d, t, false, found);
-    double best = 0;
+    best[0] = best[1] = (Guess){0};
     for (int from = ORDER; from >= 0; from--)
         for (int i = 0; i < FOLLOWERS && found[from] && found[from]->count[i]; i++) {
             uint32_t next = found[from]->next[i];
@@ -1806,30 +1820,36 @@ static double likeliest(const Drafts *d, const Tail *t, uint32_t *token) {
                     if (c->count[j] && c->next[j] == next) count = c->count[j];
                 p = (count + p) / (c->seen + 1);
             }
-            if (p > best) best = p, *token = next;
+            if (p > best[0].chance && next != best[0].token) best[1] = best[0];
+            if (p > best[0].chance) best[0] = (Guess){ next, p };
+            else if (p > best[1].chance && next != best[0].token) best[1] = (Guess){ next, p };
         }
-    return best;
 }
 
 static int class_of(double p) { return p < 1 ? (int)(p * CLASSES) : CLASSES - 1; }
 
-// A guess at the next token. Returns the probability that it comes true, 0 if there is none.
-static double propose(const Drafts *d, const Tail *t, uint32_t *token) {
-    double p = likeliest(d, t, token);
-    return p > 0 ? d->hits[class_of(p)] / d->tries[class_of(p)] : 0;
+// Two guesses at the next token, with the probability that they come true, 0 if there is none.
+static void propose(const Drafts *d, const Tail *t, Guess guess[2]) {
+    likeliest(d, t, guess);
+    for (int i = 0; i < 2; i++) {
+        int class = class_of(guess[i].chance);
+        if (guess[i].chance > 0) guess[i].chance = d->hits[i][class] / d->tries[i][class];
+    }
 }
 
 // A token was drawn: what would have been guessed is held against it, whether or not it was. The last MOST_TRIES or so
 // of a class count.
 static void judge(Drafts *d, const Tail *t, uint32_t token) {
-    uint32_t guess;
-    double p = likeliest(d, t, &guess);
-    if (p == 0) return;
-    int class = class_of(p);
-    d->hits[class] += guess == token;
-    if (++d->tries[class] < MOST_TRIES) return;
-    d->hits[class] /= 2;
-    d->tries[class] /= 2;
+    Guess guess[2];
+    likeliest(d, t, guess);
+    for (int i = 0; i < 2; i++) {
+        if (guess[i].chance == 0) continue;
+        int class = class_of(guess[i].chance);
+        d->hits[i][class] += guess[i].token == token;
+        if (++d->tries[i][class] < MOST_TRIES) continue;
+        d->hits[i][class] /= 2;
+        d->tries[i][class] /= 2;
+    }
 }
 
 // The table of the model's file, if it brings one, or an empty one (so too if m is NULL). What is learnt stays in this
@@ -1847,9 +1867,9 @@ static Drafts drafts_open(const Model *m) {
             die("%s: cannot use its table of guesses: %s; --no-speculation runs without it", m->path, strerror(errno));
         d.table = (Context *)start;
     } else d.table = d.owned = allocate_lazily(size);
-    for (int i = 0; i < CLASSES; i++) {        // until it is known better, the table is believed
-        d.tries[i] = MOST_TRIES / 16;
-        d.hits[i] = d.tries[i] * (i + 0.5) / CLASSES;
+    for (int i = 0; i < 2 * CLASSES; i++) {    // until it is known better, the table is believed
+        d.tries[i / CLASSES][i % CLASSES] = MOST_TRIES / 16;
+        d.hits[i / CLASSES][i % CLASSES] = MOST_TRIES / 16 * (i % CLASSES + 0.5) / CLASSES;
     }
     return d;
 }
@@ -1862,6 +1882,9 @@ static void drafts_close(Drafts *d) {
 // Requests come from a source, are run some at a time, and go to a sink in the order they came. Each pass holds one
 // row for every continuation in work, and of prompts being prefilled as many rows as are left. What is in a pass
 // never changes what comes out of it, so this room is free to choose.
+
+// Guesses for one continuation (then its rows are one tile, if heads do not share keys), and in one pass.
+enum { GUESSES = TILE - 1, PASS_GUESSES = 48 };
 
 typedef enum { UNDECIDED, BY_EOS, BY_LENGTH, BY_STOP } Reason;
 
@@ -1876,9 +1899,12 @@ typedef struct {
     Reason reason;
     Bytes text;                // what they decode to, cut before a stop text
     Tail tail, draft;          // of the text; of the text and its guesses
-    int guesses;               // in the next pass: ids[n .. n + guesses - 1]
-    uint32_t guess;            // one more, and the probability that it and all before it come true
-    double chance;
+    // Guesses of the next pass: a chain, ids[n .. n + guesses - 1], and beside it side guesses, each in place of a guess
+    // of the chain, with nothing behind it. A chance is the probability that all up to there comes true.
+    int guesses, sides;
+    Guess next[2];             // at the chain's end: the guess that may join it, and the second best
+    Guess second[GUESSES];     // the second best in place of each guess; chance 0: it is a side guess already, or none
+    struct { int instead; uint32_t token; } side[GUESSES];
 } Continuation;
 
 struct Request {
@@ -1912,8 +1938,6 @@ typedef struct { uint32_t *ids; Sequence sequence; long used; } Beginning;
 // How long a pass takes by its rows: a line through those that were run, the last ones above all.
 typedef struct { double rows, seconds, variance, covariance; } Pace;
 
-// Guesses for one continuation (then its rows are one tile, if heads do not share keys), and in one pass.
-enum { GUESSES = TILE - 1, PASS_GUESSES = 48 };
 enum { BEGINNINGS = 4 };      // few: their pages could be used again, and new ones cost time (measured: 1 ms)
 
 typedef struct {
@@ -1955,8 +1979,8 @@ typedef struct {
 typedef struct {
     Continuation *c;
     const float *logits;       // [rows][padded vocab]
-    int rows, drawn;
-    bool finite;
+    int rows, drawn;           // rows: of the chain; those of side guesses stand behind them
+    bool finite, aside;        // aside: a side guess came true
 } Draw;
 typedef struct { Scheduler *s; Draw *draws; } DrawJob;
 
@@ -1968,19 +1992,19 @@ static void draw_piece(void *arg, int piece, int thread) {
     Continuation *c = d->c;
     const Request *r = c->request;
     int vocab = s->m->c.vocab;
-    bool guessed = true;
     d->finite = true;
-    for (d->drawn = 0; guessed && d->drawn < d->rows; d->drawn++) {
-        const float *logits = d->logits + (long)d->drawn * padded(vocab);
-        int n = c->n + d->drawn;
-        if (!all_finite(logits, vocab)) {
-            d->finite = false;
-            return;
-        }
+    for (int row = 0, next; row >= 0; row = next) {
+        const float *logits = d->logits + (long)row * padded(vocab);
+        int n = c->n + d->drawn++;
+        d->finite = d->finite && all_finite(logits, vocab);
+        if (!d->finite) return;
         double u = uniform(r->seed, r->hash, c->number, (uint32_t)n);
         uint32_t token = sample(&s->sampling, logits, vocab, r->ids, r->n, c->ids, n, u, &s->scratch[thread]);
         if (r->forced) token = r->forced[n];
-        guessed = d->drawn + 1 < d->rows && c->ids[n] == token;
+        next = row + 1 < d->rows && c->ids[n] == token ? row + 1 : -1;
+        for (int i = 0; i < c->sides && row < d->rows && next < 0; i++)
+            if (c->side[i].instead == row && c->side[i].token == token) next = d->rows + i;
+        d->aside |= next >= d->rows;
         c->ids[n] = token;
     }
 }
@@ -2127,7 +2151,8 @@ static void draw_all(Scheduler *s, Draw *draws, int n) {
         Continuation *c = draws[i].c;
         if (!draws[i].finite) die_not_finite(s->m);
         for (int drawn = 0; drawn < draws[i].drawn && c->reason == UNDECIDED; drawn++) accept_token(s, c, c->ids[c->n]);
-        c->sequence.length = c->request->n + c->n - 1;     // behind it lie keys and values of guesses
+        // The last token has not been run yet, and one before it that was guessed aside must be, in its place.
+        c->sequence.length = c->request->n + c->n - 1 - draws[i].aside;
         if (c->reason == UNDECIDED) s->running[s->n_running++] = c;
         else finish(s, c);
         s->progress(s->arg, c);
@@ -2277,12 +2302,35 @@ static double row_share(const Pace *p, int n) {
     return row / (pace.seconds + (n - pace.rows) * row);
 }
 
-// The guess that may follow those a continuation has.
-static void next_guess(const Scheduler *s, Continuation *c) {
-    int n = c->n + c->guesses;
-    bool useful = c->guesses < GUESSES && n + 1 < c->request->limit;    // there will be a draw after it
-    double p = useful ? propose(s->drafts, &c->draft, &c->guess) : 0;
-    c->chance *= p > 0 && c->guess < (uint32_t)s->m->c.vocab ? p : 0;
+// What may be guessed behind a continuation's chain of guesses, whose chance to come true is given.
+static void extend_draft(const Scheduler *s, Continuation *c, double chance) {
+    propose(s->drafts, &c->draft, c->next);
+    for (int i = 0; i < 2; i++) c->next[i].chance *= c->next[i].token < (uint32_t)s->m->c.vocab ? chance : 0;
+}
+
+// The likeliest guess that a continuation may still have: the chain's next or one of the second best; NULL: none.
+static Guess *best_guess(Continuation *c) {
+    int guesses = c->guesses + c->sides;
+    if (guesses == GUESSES || c->n + guesses + 1 >= c->request->limit) return NULL;    // no draw would come after it
+    Guess *best = c->next;
+    for (int i = 0; i < c->guesses; i++)
+        if (c->second[i].chance > best->chance) best = &c->second[i];
+    return best;
+}
+
+static void add_guess(Scheduler *s, Continuation *c, Guess *best) {
+    Guess taken = *best;
+    if (best != c->next) {
+        c->side[c->sides].instead = (int)(best - c->second);
+        c->side[c->sides++].token = taken.token;
+        best->chance = 0;
+        return;
+    }
+    c->second[c->guesses] = c->next[1];
+    if (s->max_rows < 2 * s->batch) c->second[c->guesses].chance = 0;   // one that comes true takes two rows then
+    c->ids[c->n + c->guesses++] = taken.token;
+    push(&c->draft, taken.token);
+    extend_draft(s, c, taken.chance);
 }
 
 // Chooses the guesses of a pass that has n rows without them: always the likeliest, as long as it promises more tokens
@@ -2290,45 +2338,58 @@ static void next_guess(const Scheduler *s, Continuation *c) {
 static int plan_guesses(Scheduler *s, int n) {
     for (int i = 0; i < s->n_running; i++) {
         Continuation *c = s->running[i];
-        c->guesses = 0;
+        c->guesses = c->sides = 0;
         c->draft = c->tail;
-        c->chance = 1;
-        if (s->drafts) next_guess(s, c);
+        if (s->drafts) extend_draft(s, c, 1);
     }
     int guesses = 0, most = s->max_rows - n < PASS_GUESSES ? s->max_rows - n : PASS_GUESSES;
     for (double tokens = n; s->drafts && guesses < most; guesses++) {
-        Continuation *best = NULL;
-        for (int i = 0; i < s->n_running; i++)
-            if (best == NULL || s->running[i]->chance > best->chance) best = s->running[i];
+        Continuation *of = NULL;
+        Guess *best = NULL;
+        for (int i = 0; i < s->n_running; i++) {
+            Guess *guess = best_guess(s->running[i]);
+            if (guess && (best == NULL || guess->chance > best->chance)) best = guess, of = s->running[i];
+        }
         if (best == NULL || best->chance <= tokens * row_share(&s->pace, n + guesses)) break;
         tokens += best->chance;
-        best->ids[best->n + best->guesses++] = best->guess;
-        push(&best->draft, best->guess);
-        next_guess(s, best);
+        add_guess(s, of, best);
     }
     return guesses;
 }
 
-// The rows of the next pass; *draws get those that will want tokens.
+// The tokens of a continuation that have not been run: the last one, and a side guess that came true before it.
+static int rows_due(const Continuation *c) { return c->request->n + c->n - c->sequence.length; }
+
+// Of a continuation its rows that are due, its chain of guesses, its side guesses; from row n of the pass on, with the
+// logits from n_logits on. Returns what is to be drawn from them.
+static Draw add_rows(Scheduler *s, Continuation *c, int *n, int *n_logits) {
+    const Request *r = c->request;
+    int from = c->sequence.length, due = rows_due(c), slot = from;
+    Draw d = { .c = c, .logits = logits_of(&s->work, *n_logits), .rows = 1 + c->guesses };
+    kv_reserve(&s->kv, &c->sequence, from + due + c->guesses + c->sides);
+    for (; slot < from + due + c->guesses; slot++)
+        s->rows[(*n)++] = (Row){ &c->sequence, slot, slot, c->ids[slot - r->n], slot >= from + due - 1 };
+    for (int i = 0; i < c->sides; i++, slot++)
+        s->rows[(*n)++] = (Row){ &c->sequence, r->n + c->n + c->side[i].instead, slot, c->side[i].token, true };
+    *n_logits += 1 + c->guesses + c->sides;
+    return d;
+}
+
+// The rows of the next pass; *draws get those that will want tokens. Prompts' rows come last.
 static int gather(Scheduler *s, Draw *draws, int *n_draws) {
-    int n = s->n_running;
+    int n = 0, n_logits = 0;
+    for (int i = 0; i < s->n_running; i++) n += rows_due(s->running[i]);
     plan_prefill(s, s->max_rows - n);
     for (Request *r = s->first; r; r = r->next) n += r->rows;
     s->guesses += plan_guesses(s, n);
     n = *n_draws = 0;
-    for (int i = 0; i < s->n_running; i++) {
-        Continuation *c = s->running[i];
-        int from = c->sequence.length, rows = 1 + c->guesses;
-        draws[(*n_draws)++] = (Draw){ .c = c, .logits = logits_of(&s->work, n), .rows = rows };
-        kv_reserve(&s->kv, &c->sequence, from + rows);
-        for (int j = 0; j < rows; j++) s->rows[n++] = (Row){ &c->sequence, from + j, c->ids[c->n - 1 + j], true };
-    }
+    for (int i = 0; i < s->n_running; i++) draws[(*n_draws)++] = add_rows(s, s->running[i], &n, &n_logits);
     for (Request *r = s->first; r; r = r->next) {
         if (r->rows == 0) continue;
         int end = r->prefix.length + r->rows;
         kv_reserve(&s->kv, &r->prefix, end);
         for (; r->prefix.length < end; r->prefix.length++)
-            s->rows[n++] = (Row){ &r->prefix, r->prefix.length, r->ids[r->prefix.length],
+            s->rows[n++] = (Row){ &r->prefix, r->prefix.length, r->prefix.length, r->ids[r->prefix.length],
                                   r->prefix.length == r->n - 1 };
     }
     return n;
@@ -2383,12 +2444,13 @@ static void schedule(Scheduler *s) {
                 memcpy(r->logits, logits_of(&s->work, i), vocab * sizeof(float));
                 s->in_work--;                  // its continuations take places of their own
             }
+        bool only_decoding = n_draws > 0 && s->rows[n - 1].sequence == &draws[n_draws - 1].c->sequence;
         s->n_running = 0;
         long before = s->tokens_drawn;
         draw_all(s, draws, n_draws);
         s->draws += n_draws;
         s->decoded += s->tokens_drawn - before;
-        if (n == s->work.n_logits) measure_pass(&s->pace, n, seconds() - start);
+        if (only_decoding) measure_pass(&s->pace, n, seconds() - start);
         deliver(s);
     }
     free(draws);
@@ -3206,7 +3268,7 @@ static int write_logits(const Options *o, Model *m, const Kernels *kernels) {
         kv_reserve(&kv, &sequence, r.n);
         for (int done = 0, count; done < r.n && !interrupted; done += count) {
             count = r.n - done < rows ? r.n - done : rows;
-            for (int i = 0; i < count; i++) pass[i] = (Row){ &sequence, done + i, r.ids[done + i], true };
+            for (int i = 0; i < count; i++) pass[i] = (Row){ &sequence, done + i, done + i, r.ids[done + i], true };
             forward(&w, pass, count);
             for (int i = 0; i < count; i++) {
                 if (!all_finite(logits_of(&w, i), m->c.vocab)) die_not_finite(m);
@@ -3364,7 +3426,7 @@ static double window_seconds(Bench *b, const BenchWork *w, int from, bool last, 
             for (int i = 0; i < count; i++) {
                 int position = from + done + i;
                 uint32_t token = (uint32_t)((position + 1) * 7919 + s) % (uint32_t)b->m->c.vocab;
-                b->rows[n++] = (Row){ &b->sequences[s], position, token, logits && i == count - 1 };
+                b->rows[n++] = (Row){ &b->sequences[s], position, position, token, logits && i == count - 1 };
             }
         forward(&b->work, b->rows, n);
     }

@@ -14,7 +14,11 @@ from models import LEGAL_TEXT
 from test_unit import run_unit
 
 TABLE = 8 << 20      # bytes
-GUESS = "best->ids[best->n + best->guesses++] = best->guess;"    # where kl3m.c makes one
+LINES = {            # of kl3m.c
+    "taken": "Guess taken = *best;",
+    "chance": "guess[i].chance = d->hits[i][class] / d->tries[i][class];",
+    "next": "propose(s->drafts, &c->draft, c->next);",
+}
 
 
 @functools.lru_cache(None)
@@ -86,12 +90,13 @@ def _():
             assert true > 30, (isa, true)
 
 
-def build(name, old, new):
-    """A build of the program with one line changed."""
-    source = (ROOT / "kl3m.c").read_text()
-    expect(source.count(old), 1, "the line that is to be changed")
-    place = tmpdir()
-    (place / "kl3m.c").write_text(source.replace(old, new))
+def build(name, **changes):
+    """A build of the program with some of these lines changed."""
+    source, place = (ROOT / "kl3m.c").read_text(), tmpdir()
+    for line, new in changes.items():
+        expect(source.count(LINES[line]), 1, "the line that is to be changed")
+        source = source.replace(LINES[line], new)
+    (place / "kl3m.c").write_text(source)
     for file in ("tokenizer.c", "tokenizer.h"):
         (place / file).write_bytes((ROOT / file).read_bytes())
     subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O1", "-ffp-contract=off", "-pthread", "-o", name, "kl3m.c",
@@ -99,14 +104,19 @@ def build(name, old, new):
     return place / name
 
 
-@test("a build that corrupts every guess makes the same bytes, and so does one that guesses as much as it can")
+@test("builds that corrupt every guess, that guess all they can, or whose second guesses are the good ones make the same bytes")
 def _():
-    wrong = build("wrong", GUESS, GUESS.replace("best->guess;", "(best->guess + 1) % (uint32_t)s->m->c.vocab;"))
-    eager = build("eager", "return p > 0 ? d->hits[class_of(p)] / d->tries[class_of(p)] : 0;", "return p > 0;")
+    wrong = build("wrong", taken=LINES["taken"] + "taken.token = (taken.token + 1) % (uint32_t)s->m->c.vocab;")
+    eager = build("eager", chance="guess[i].chance = 1;")
+    aside = build("aside", chance="guess[i].chance = i ? 0.9 : 1;",
+                  next=LINES["next"] + "Guess first = c->next[0]; c->next[0] = c->next[1], c->next[1] = first;")
+    taken = 0
     for settings in SETTINGS:
         _, (_, true, guesses) = compare(taught(), settings, program=wrong, count=8)
         assert guesses > 20 * true or settings[-2:] in (["-n", 1], ["-n", 2]), (settings, true, guesses)
         compare(taught(), settings, program=eager, count=8)
+        taken += compare(taught(), settings, program=aside, count=8)[1][1]
+    assert taken > 500, taken
 
 
 def sections(data):

@@ -435,7 +435,8 @@ class Kl3m:
         self.model, self.scratch = folder / "kl3m.bin", scratch
 
     def command(self, *options):
-        return [KL3M, "-m", self.model, "-j", THREADS, "-t", 0, "--ignore-eos", "--no-echo", *options]
+        return [KL3M, "-m", self.model, "-j", THREADS, "-t", 0, "--ignore-eos", "--no-echo",
+                "--no-speculation", *options]
 
     def start(self, *options):
         """Prompts on standard input, one a line, and their continuations out."""
@@ -508,7 +509,7 @@ class Prompts:
 # work has a third as many pairs and no windows to warm up. `settings` are those to try; all, where it has none.
 
 class Decode:
-    """Each sequence begins with one token, so that n new tokens are n passes."""
+    """Each sequence begins with one token, so that n new tokens are n passes: nothing is guessed."""
     unit, slow, settings = "tokens/s", False, {}
 
     def __init__(self, sequences, passes):
@@ -537,6 +538,36 @@ class DecodeMany(Decode):
     """kl3m's usual batch, beyond which it gains little."""
     slow = True
     settings = {"transformers": ["static cache"], "llama": ["flash attention"], "ct2": ["MKL"]}
+
+
+class DecodeText:
+    """What guesses are worth on text that people wrote, with no table to begin with. The peer has one token a pass, whatever
+    the text is."""
+    title, unit, slow, passes = "decode legal text, with guesses", "tokens/s", True, 32
+    settings = {"transformers": [], "ct2": []}
+    text, line, prompt_part = Path("/usr/share/common-licenses/GPL-3"), 1600, 1300       # characters
+
+    def begin(self, kl3m, prompts):
+        self.kl3m, self.prompts = kl3m, prompts
+        text = self.text.read_text(encoding="utf-8").replace("\\", "\\\\").replace("\n", "\\n")
+        lines = [text[i:i + self.line] for i in range(0, len(text) - self.line, self.line)]
+        self.file = kl3m.file("".join(line[:self.prompt_part] + "\t" + line[self.prompt_part:] + "\n" for line in lines))
+
+    def prompt(self):
+        return self.prompts.new(1)[0][1]
+
+    def ours(self, prompt):
+        done = run([KL3M, "-m", self.kl3m.model, "-j", THREADS, "--bench", "--replay", self.file, "--json"])
+        figures = json.loads(done)
+        say("guesses: %.2f tokens a pass, %.1f tokens/s without them" % (figures["tokens_per_pass"],
+                                                                       figures["tokens_per_second"][0]))
+        return figures["tokens_per_second"][1]
+
+    def theirs(self, peer, prompt):
+        return self.passes / peer.ask("decode", context=[], first=prompt, count=self.passes)[0]
+
+    def end(self):
+        pass
 
 
 class DecodeFar:
@@ -626,7 +657,7 @@ class Memory(FirstToken):
         return peer.run_once(prompt[1], self.new)[1]
 
 
-WORKS = [Decode(1, 32), DecodeFar(3840), Decode(16, 16), DecodeMany(48, 16), Prefill(512), PrefillFar(3840),
+WORKS = [Decode(1, 32), DecodeText(), DecodeFar(3840), Decode(16, 16), DecodeMany(48, 16), Prefill(512), PrefillFar(3840),
          FirstToken(), Memory()]
 
 
@@ -675,6 +706,7 @@ def measure(work, kl3m, peers, prompts, rounds):
     """The medians of all, and for each peer the median ratio of a window to kl3m's just before it: above 1, kl3m is
     ahead."""
     work.begin(kl3m, prompts)
+    peers = [peer for peer in peers if work.settings.get(peer.name) != []]
     if not work.slow:
         work.ours(work.prompt())
     for peer in peers:
@@ -715,7 +747,7 @@ def table(results, peers):
     lines = ["| | %s | kl3m against the best of them |" % " | ".join(names), "|---|" + "--:|" * (len(names) + 1)]
     for work, values, ratios in results:
         best = min(ratios, key=ratios.get)
-        cells = [shown(values[name]) for name in names] + ["%.2f (%s)" % (ratios[best], best)]
+        cells = [shown(values[name]) if name in values else "" for name in names] + ["%.2f (%s)" % (ratios[best], best)]
         lines.append("| %s, %s | %s |" % (work.title, work.unit, " | ".join(cells)))
     return "\n".join(lines)
 
@@ -727,7 +759,7 @@ def draw(results, peers, below):
         better = "" if work.unit == "tokens/s" else " (less is better)"
         parts.append('<text x="16" y="%d" class="w">%s, %s%s</text>' % (y, work.title, work.unit, better))
         most = max(values.values())
-        for name in names:
+        for name in [name for name in names if name in values]:
             y += 18
             width = max(1, round(500 * values[name] / most))
             kind = ' class="k"' if name == "kl3m" else ""

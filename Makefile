@@ -54,4 +54,6 @@ uninstall:
 clean:
 	rm -f $(OUT) demo.bin
 
+# A break while the table is made leaves the model as it was, and make need not remove it.
+.PRECIOUS: demo.bin $(MODEL)
 .PHONY: demo model test bench install uninstall clean

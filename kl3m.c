@@ -13,7 +13,7 @@
 //   Rule 3. exp, the normal distribution, sines and powers are ours: a C library promises no bits. Square root and
 //      division are IEEE 754's, which does.
 //   Rule 4. Threads, batch and split choose which outputs are computed when, never how. A row reads the keys and values
-//      up to its own position and nothing behind it.
+//      of the positions before it and its own, in their order.
 // They hold for finite numbers; logits that are not finite are reported as a fault of the model.
 //
 // Everything the network computes is laid out in blocks of 16 columns, so that the result of one product is ready to
@@ -96,6 +96,7 @@ enum {
     MAX_ROWS = 65536,
     MAX_BATCH = 1024,           // sequences
     MAX_STOPS = 64,
+    HUGE_PAGE = 2 << 20,        // bytes
 };
 
 // ---- 1. Ground ----
@@ -154,10 +155,9 @@ static void *allocate(size_t n, size_t size) {
 // The same as allocate_raw, in huge pages if the system has them: for memory that is used whole (measured: 4 MB are
 // there in 0.4 ms, in pages of 4 KB in 2.3).
 static void *allocate_huge(size_t n, size_t size) {
-    enum { HUGE = 2 << 20 };
-    void *memory = allocate_raw(n, size, n * size < HUGE ? 64 : HUGE);
+    void *memory = allocate_raw(n, size, n * size < HUGE_PAGE ? 64 : HUGE_PAGE);
 #ifdef MADV_HUGEPAGE
-    if (n * size >= HUGE) madvise(memory, n * size / HUGE * HUGE, MADV_HUGEPAGE);
+    if (n * size >= HUGE_PAGE) madvise(memory, n * size / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
 #endif
     return memory;
 }
@@ -250,27 +250,34 @@ static void flush_stdout(void) {
     if (fflush(stdout) != 0) die("cannot write to standard output: %s", strerror(errno));
 }
 
-// A file that appears under its name when it is whole and not before. What is no regular file (a pipe, /dev/null, a
-// link) is written as it is.
-typedef struct { FILE *file; const char *name; char *temporary; } Output;
+// A file that appears under its name when it is whole and not before, with the rights of the one it replaces; a link is
+// followed. Writes begin and end at multiples of 2 MB: ext4 (Linux 6.16 and later) then keeps it in huge pages. What is
+// no regular file (a pipe, /dev/null) is written as it is.
+typedef struct { FILE *file; char *name, *temporary, *buffer; } Output;
 
 static Output output_open(const char *name) {
     struct stat s;
-    bool direct = lstat(name, &s) == 0 && !S_ISREG(s.st_mode);
-    Output out = { .name = name, .temporary = direct ? NULL : format_string("%s.%ld.part", name, (long)getpid()) };
+    bool exists = stat(name, &s) == 0, direct = exists && !S_ISREG(s.st_mode);
+    char *real = exists && !direct ? realpath(name, NULL) : NULL;
+    Output out = { .name = real ? real : format_string("%s", name) };
+    if (!direct) out.temporary = format_string("%s.%ld.part", out.name, (long)getpid());
     out.file = fopen(direct ? name : out.temporary, "wb");
     if (out.file == NULL) die("cannot write %s: %s", name, strerror(errno));
+    setvbuf(out.file, out.buffer = allocate_raw(1, HUGE_PAGE, 64), _IOFBF, HUGE_PAGE);
     unfinished_file = out.temporary;
+    if (real && fchmod(fileno(out.file), s.st_mode & 0777) != 0) die("cannot write %s: %s", name, strerror(errno));
     return out;
 }
 
 static void output_close(Output *out, bool whole) {
     if (fclose(out->file) != 0) die("cannot write %s: %s", out->name, strerror(errno));
-    if (out->temporary == NULL) return;
-    if (!whole) unlink(out->temporary);
-    else if (rename(out->temporary, out->name) != 0) die("cannot write %s: %s", out->name, strerror(errno));
+    if (out->temporary && !whole) unlink(out->temporary);
+    else if (out->temporary && rename(out->temporary, out->name) != 0)
+        die("cannot write %s: %s", out->name, strerror(errno));
     unfinished_file = NULL;
     free(out->temporary);
+    free(out->buffer);
+    free(out->name);
 }
 
 // ---- 2. Model file ----
@@ -1117,8 +1124,8 @@ static void kv_close(KVCache *kv) {
 
 // ---- 7. Forward ----
 // Rows in, logits out. A row is a token at a position of a sequence; prefill, decoding and batches are only different
-// rows of one pass. Rows of one sequence stand together in the order of their slots, one behind the other. The layer (parallel
-// residual; without it, norm2 reads x after the attention was added):
+// rows of one pass. Rows of one sequence stand together, at successive places. The layer (parallel residual; without it,
+// norm2 reads x after the attention was added):
 //
 //     x ─┬─ norm1 ─ qkv ─ rotary ─ keys, values ─ attention ─ dense ─┬─ + ─ x
 //        ├─ norm2 ─ up ─ GELU ─ down ──────────────────────────────┤
@@ -1129,7 +1136,7 @@ static void kv_close(KVCache *kv) {
 typedef struct {
     Sequence *sequence;
     int position;
-    int slot;                  // where its key and value go: the position, but for a side guess, which no other row sees
+    int place;                 // where its key and value go: the position, but for a side guess, seen by no other row
     uint32_t token;
     bool wants_logits;
 } Row;
@@ -1414,6 +1421,19 @@ static void turn_head(const Work *w, int row, int first_column) {
     }
 }
 
+// Fetches what a span's rows have of a kv head: another core may have computed it (measured, 48 sequences: 1 to 2%).
+static void fetch_head(const Work *w, const Span *span, int head) {
+    const Config *c = &w->m->c;
+    int sharing = c->heads / c->kv_heads, size = c->head_size, n = span->slots / sharing;
+    struct { int from, columns; } parts[] = {
+        { head * sharing * size, sharing * size }, { c->q + head * size, size }, { c->q + c->kv + head * size, size },
+    };
+    for (int row = span->first_row; row < span->first_row + n; row++)
+        for (int part = 0; part < 3; part++)
+            for (int i = 0; i < parts[part].columns; i += BLOCK)
+                __builtin_prefetch(cell(w->qkv + tile_at(row / TILE, padded(c->qkv)), row % TILE, parts[part].from + i), 1);
+}
+
 // Of the rows of a span, the turned keys and the values of a kv head go to their pages.
 static void store_span(const Work *w, const Span *span, int head) {
     const Config *c = &w->m->c;
@@ -1422,8 +1442,9 @@ static void store_span(const Work *w, const Span *span, int head) {
     int end = span->first_row + (span->first_slot + span->slots + sharing - 1) / sharing;
     for (; row < end; row++) {
         float *qkv = w->qkv + tile_at(row / TILE, padded(c->qkv));
-        int slot = w->rows[row].slot % PAGE;
-        float *page = kv_head(w, w->rows[row].sequence->pages[w->rows[row].slot / PAGE], head), *values = page + (long)PAGE * size;
+        int place = w->rows[row].place, slot = place % PAGE;
+        float *page = kv_head(w, w->rows[row].sequence->pages[place / PAGE], head);
+        float *values = page + (long)PAGE * size;
         float *keys = page + slot / BLOCK * (long)BLOCK * size + slot % BLOCK;
         for (int i = 0; i < size; i++) __builtin_prefetch(keys + (long)i * BLOCK, 1);
         turn_head(w, row, key_column);
@@ -1448,7 +1469,7 @@ static int in_page(int n, int p) {
 }
 
 // Piece: a kv head of a span. out = softmax(q k^T / sqrt(head size)) v over positions 0 .. the row's own, in their
-// order. A side guess finds the keys and values of all but its own position in their places, and its own in its slot.
+// order. A side guess finds those of all other positions where they belong, and its own in its place behind them.
 static void attention_piece(void *arg, int piece, int thread) {
     const Work *w = arg;
     const Config *c = &w->m->c;
@@ -1457,33 +1478,34 @@ static void attention_piece(void *arg, int piece, int thread) {
     int head = piece % c->kv_heads, sharing = c->heads / c->kv_heads, size = c->head_size, slots = span->slots;
     float *query = w->scratch[thread], *out = query + (long)padded(size) * TILE, *scores = out + (long)padded(size) * TILE;
     float scale = 1.0f / sqrtf((float)size);
-    // Of each slot; column: its query head's first; in_place: how many positions it sees in their places.
+    // Of each slot; column: its query head's first; in_place: how many positions it sees where they belong.
     int row[TILE] = {0}, column[TILE] = {0}, position[TILE] = {0}, in_place[TILE] = {0}, first = INT_MAX;
+    if (span->alone && head + 1 < c->kv_heads) fetch_head(w, span, head + 1);
     if (span->alone) store_span(w, span, head);        // what is written here is read by this core
     for (int s = 0; s < slots; s++) {
         row[s] = span->first_row + (span->first_slot + s) / sharing;
         column[s] = (head * sharing + (span->first_slot + s) % sharing) * size;
         position[s] = w->rows[row[s]].position;
-        in_place[s] = position[s] + (w->rows[row[s]].slot == position[s]);
+        in_place[s] = position[s] + (w->rows[row[s]].place == position[s]);
         first = in_place[s] < first ? in_place[s] : first;
         turn_head(w, row[s], column[s]);
         kernels->scale_columns(size, scale, w->qkv + tile_at(row[s] / TILE, padded(c->qkv)) + row[s] % TILE * BLOCK,
                                column[s], BLOCK_FLOATS, query + s * BLOCK, 0, BLOCK_FLOATS);
     }
     Page **pages = w->rows[span->first_row].sequence->pages;
-    int last_page = w->rows[row[slots - 1]].slot / PAGE;
+    int last_page = w->rows[row[slots - 1]].place / PAGE;
     // What is fetched ahead: the next page's keys; after the last the first page's values, the next page's values, and
     // at the end the keys of the head that is likely to be this thread's next. A last panel without keys is not read.
     for (int p = 0; p <= last_page; p++) {
         const float *next = p < last_page ? kv_head(w, pages[p + 1], head)
                           : kv_head(w, pages[0], head) + (long)PAGE * size;
-        bool one_panel = p == last_page && w->rows[row[slots - 1]].slot % PAGE < BLOCK;
+        bool one_panel = p == last_page && w->rows[row[slots - 1]].place % PAGE < BLOCK;
         kernels->product(slots, size, query, kv_head(w, pages[p], head), one_panel ? 0 : (long)BLOCK * size,
                          (Ahead){ next, (long)BLOCK * size, 64 }, scores + (long)p * 2 * BLOCK_FLOATS, false);
     }
     float sum[TILE];
     for (int s = 0; s < slots; s++) {
-        *cell(scores, s, position[s]) = *cell(scores, s, w->rows[row[s]].slot);
+        *cell(scores, s, position[s]) = *cell(scores, s, w->rows[row[s]].place);
         sum[s] = kernels->softmax(position[s] + 1, scores + s * BLOCK);
     }
 
@@ -1499,15 +1521,15 @@ static void attention_piece(void *arg, int piece, int thread) {
             Ahead ahead = { next + (long)PAGE * d, PAGE * BLOCK, 64 };
             if (common > 0) kernels->product(slots, common, weights, values, PAGE * BLOCK, ahead, tile, p > 0);
             for (int s = 0; s < slots && common < PAGE; s++) {
-                int slot = w->rows[row[s]].slot;
+                int place = w->rows[row[s]].place;
                 for (int j = common, n; j < in_page(in_place[s], p); j += n) {
                     int left = in_page(in_place[s], p) - j;
                     n = BLOCK - j % BLOCK < left ? BLOCK - j % BLOCK : left;
                     kernels->product(1, n, weights + j / BLOCK * BLOCK_FLOATS + s * BLOCK + j % BLOCK,
                                      values + j * BLOCK, PAGE * BLOCK, ahead, tile + s * BLOCK, true);
                 }
-                if (slot != position[s] && slot / PAGE == p)
-                    kernels->product(1, 1, cell(scores, s, position[s]), values + slot % PAGE * BLOCK, PAGE * BLOCK,
+                if (place != position[s] && place / PAGE == p)
+                    kernels->product(1, 1, cell(scores, s, position[s]), values + place % PAGE * BLOCK, PAGE * BLOCK,
                                      ahead, tile + s * BLOCK, true);
             }
         }
@@ -1521,7 +1543,8 @@ static void attention_piece(void *arg, int piece, int thread) {
 typedef struct { Work *w; LinearJob up; int attentions; } BesideJob;
 
 // Piece: one of the MLP's up-projection and its share of the attention's, whose keys and values are fetched during the
-// products: those wait for the processor, attention for memory (measured: 48 sequences of 20 to 56 tokens 3 to 9% faster).
+// products: those wait for the processor, attention for memory (measured: 48 sequences of 20 to 56 tokens 3 to 9%
+// faster).
 static void beside_piece(void *arg, int piece, int thread) {
     const BesideJob *job = arg;
     Work *w = job->w;
@@ -1533,8 +1556,9 @@ static void beside_piece(void *arg, int piece, int thread) {
         for (int i = from; i < to && soon.n < PLACES; i++) {
             const Span *span = &w->spans[i / heads];
             const Row *last = &w->rows[span->first_row + (span->first_slot + span->slots - 1) / sharing];
-            if (last->slot / PAGE < p) continue;
-            const float *at = kv_head(w, last->sequence->pages[p], i % heads), *place = soon.n ? soon.at[soon.n - 1] : NULL;
+            if (last->place / PAGE < p) continue;
+            const float *at = kv_head(w, last->sequence->pages[p], i % heads);
+            const float *place = soon.n ? soon.at[soon.n - 1] : NULL;
             bool covered = place && at > place && at + head_floats(&w->m->c) <= place + CHUNK * BLOCK;
             if (!covered) soon.at[soon.n++] = at;
         }
@@ -1909,6 +1933,12 @@ static Drafts drafts_open(const Model *m) {
         if (s->type != TYPE_BYTES || s->size != size)
             die("%s: the table of guesses has %llu bytes, expected %zu; make it again with --learn, or run without it: "
                 "--no-speculation", m->path, (unsigned long long)s->size, size);
+        bool apart = s->offset >= sizeof(FileHeader) + m->n_sections * sizeof *s;      // what is learnt is written here
+        for (const Section *o = m->sections; o < m->sections + m->n_sections; o++)
+            apart &= o == s || o->offset >= s->offset + size || o->offset + o->size <= s->offset;
+        if (!apart)
+            die("%s: the table of guesses lies over other sections; export the model again, or run without the table: "
+                "--no-speculation", m->path);
         uintptr_t start = (uintptr_t)(m->map + s->offset), first = start / page * page;
         if (mprotect((void *)first, start - first + size, PROT_READ | PROT_WRITE) != 0)
             die("%s: cannot use its table of guesses: %s; --no-speculation runs without it", m->path, strerror(errno));
@@ -1926,32 +1956,38 @@ static void drafts_close(Drafts *d) {
 }
 
 // ---- 10. Scheduling ----
-// Requests come from a source, are run some at a time, and go to a sink in the order they came. Each pass holds one
-// row for every continuation in work, and of prompts being prefilled as many rows as are left. What is in a pass
+// Requests come from a source, are run some at a time, and go to a sink in the order they came. Each pass holds for
+// every continuation in work the row of its last token and guesses behind it, and of prompts being prefilled as many
+// rows as there is room for. What is in a pass
 // never changes what comes out of it, so this room is free to choose.
 
-// Guesses for one continuation (then its rows are one tile, if heads do not share keys), and in one pass.
+// Guesses for one continuation at most (its rows are one tile), and in one pass.
 enum { GUESSES = TILE - 1, PASS_GUESSES = 48 };
 
 typedef enum { UNDECIDED, BY_EOS, BY_LENGTH, BY_STOP } Reason;
 
 typedef struct Request Request;
 
+// Guesses of a continuation in the next pass: a chain, which stands behind its ids, and side guesses, each in place of a
+// guess of the chain and with nothing behind it. A chance is the probability that all up to there comes true.
+typedef struct {
+    int guesses, sides;
+    Tail tail;                 // of the text and the chain
+    Guess next[2];             // at the chain's end: the guess that may join it, and the second best
+    Guess second[GUESSES];     // the second best in place of each guess; chance 0: it is a side guess already, or none
+    struct { int instead; uint32_t token; } side[GUESSES];
+} Draft;
+
 typedef struct {
     Request *request;
     uint32_t number;           // among the request's continuations
     Sequence sequence;
-    uint32_t *ids;             // [n] drawn so far; room for the limit
+    uint32_t *ids;             // [n] drawn so far, and the chain of guesses; room for the limit
     int n;
     Reason reason;
     Bytes text;                // what they decode to, cut before a stop text
-    Tail tail, draft;          // of the text; of the text and its guesses
-    // Guesses of the next pass: a chain, ids[n .. n + guesses - 1], and beside it side guesses, each in place of a guess
-    // of the chain, with nothing behind it. A chance is the probability that all up to there comes true.
-    int guesses, sides;
-    Guess next[2];             // at the chain's end: the guess that may join it, and the second best
-    Guess second[GUESSES];     // the second best in place of each guess; chance 0: it is a side guess already, or none
-    struct { int instead; uint32_t token; } side[GUESSES];
+    Tail tail;
+    Draft *draft;              // while it runs
 } Continuation;
 
 struct Request {
@@ -2042,16 +2078,17 @@ static void draw_piece(void *arg, int piece, int thread) {
     d->finite = true;
     for (int row = 0, next; row >= 0; row = next) {
         const float *logits = d->logits + (long)row * padded(vocab);
-        int n = c->n + d->drawn++;
-        d->finite = d->finite && all_finite(logits, vocab);
+        int n = c->n + d->drawn;
+        d->finite = all_finite(logits, vocab);
         if (!d->finite) return;
         double u = uniform(r->seed, r->hash, c->number, (uint32_t)n);
         uint32_t token = sample(&s->sampling, logits, vocab, r->ids, r->n, c->ids, n, u, &s->scratch[thread]);
         if (r->forced) token = r->forced[n];
         next = row + 1 < d->rows && c->ids[n] == token ? row + 1 : -1;
-        for (int i = 0; i < c->sides && row < d->rows && next < 0; i++)
-            if (c->side[i].instead == row && c->side[i].token == token) next = d->rows + i;
+        for (int i = 0; i < c->draft->sides && row < d->rows && next < 0; i++)
+            if (c->draft->side[i].instead == row && c->draft->side[i].token == token) next = d->rows + i;
         d->aside |= next >= d->rows;
+        d->drawn++;
         c->ids[n] = token;
     }
 }
@@ -2177,6 +2214,8 @@ static void remember_beginning(Scheduler *s, Request *r) {
 static void finish(Scheduler *s, Continuation *c) {
     Request *r = c->request;
     kv_free(&s->kv, &c->sequence);
+    free(c->draft);
+    c->draft = NULL;
     s->in_work--;
     r->finished++;
     if (r->started < s->returns) return;       // its pages go to the next one
@@ -2196,8 +2235,8 @@ static void draw_all(Scheduler *s, Draw *draws, int n) {
     if (n > 0 && s->tokens_drawn == 0) s->first_token = seconds();
     for (int i = 0; i < n; i++) {
         Continuation *c = draws[i].c;
-        if (!draws[i].finite) die_not_finite(s->m);
         for (int drawn = 0; drawn < draws[i].drawn && c->reason == UNDECIDED; drawn++) accept_token(s, c, c->ids[c->n]);
+        if (!draws[i].finite && c->reason == UNDECIDED) die_not_finite(s->m);
         // The last token has not been run yet, and one before it that was guessed aside must be, in its place.
         c->sequence.length = c->request->n + c->n - 1 - draws[i].aside;
         if (c->reason == UNDECIDED) s->running[s->n_running++] = c;
@@ -2259,6 +2298,7 @@ static Draw start_continuation(Scheduler *s, Request *r) {
     append(&c->text, "", 0);                   // so that an empty text is a string too
     c->sequence = kv_fork(&r->prefix, r->n);
     c->tail = r->tail;
+    c->draft = allocate(1, sizeof *c->draft);
     if (r->started == s->returns) {
         Sequence whole = kv_fork(&r->prefix, r->n / PAGE * PAGE);
         kv_free(&s->kv, &r->prefix);
@@ -2334,6 +2374,7 @@ static double row_seconds(const Pace *p) {
 // What a pass of n rows took becomes part of the pace.
 static void measure_pass(Pace *p, int n, double taken) {
     enum { LAST = 32 };        // passes that count
+    taken = fmax(taken, 1e-9);                 // a coarse clock may see no time pass
     if (p->rows == 0) *p = (Pace){ .rows = n, .seconds = taken };
     double rows = n - p->rows, expected = p->seconds + rows * row_seconds(p);
     double time = fmin(taken, 1.5 * expected) - p->seconds;        // a pass that was disturbed is no rule
@@ -2350,85 +2391,89 @@ static double row_share(const Pace *p, int n) {
 }
 
 // What may be guessed behind a continuation's chain of guesses, whose chance to come true is given.
-static void extend_draft(const Scheduler *s, Continuation *c, double chance) {
-    propose(s->drafts, &c->draft, c->next);
-    for (int i = 0; i < 2; i++) c->next[i].chance *= c->next[i].token < (uint32_t)s->m->c.vocab ? chance : 0;
+static void extend_draft(const Scheduler *s, Draft *d, double chance) {
+    propose(s->drafts, &d->tail, d->next);
+    for (int i = 0; i < 2; i++) d->next[i].chance *= d->next[i].token < (uint32_t)s->m->c.vocab ? chance : 0;
 }
 
-// The likeliest guess that a continuation may still have: the chain's next or one of the second best; NULL: none.
-static Guess *best_guess(Continuation *c) {
-    int guesses = c->guesses + c->sides;
-    if (guesses == GUESSES || c->n + guesses + 1 >= c->request->limit) return NULL;    // no draw would come after it
-    Guess *best = c->next;
-    for (int i = 0; i < c->guesses; i++)
-        if (c->second[i].chance > best->chance) best = &c->second[i];
+// The tokens of a continuation that have not been run: the last one, and a side guess that came true before it.
+static int rows_due(const Continuation *c) { return c->request->n + c->n - c->sequence.length; }
+
+// The likeliest guess that a continuation may still have: the chain's next or one of the second best; NULL: none, since
+// its rows fill a tile or no draw would come after it.
+static Guess *best_guess(const Continuation *c) {
+    Draft *d = c->draft;
+    int guesses = d->guesses + d->sides;
+    if (rows_due(c) + guesses == TILE || c->n + guesses + 1 >= c->request->limit) return NULL;
+    Guess *best = d->next;
+    for (int i = 0; i < d->guesses; i++)
+        if (d->second[i].chance > best->chance) best = &d->second[i];
     return best;
 }
 
-static void add_guess(Scheduler *s, Continuation *c, Guess *best) {
+static void add_guess(const Scheduler *s, const Continuation *c, Guess *best) {
+    Draft *d = c->draft;
     Guess taken = *best;
-    if (best != c->next) {
-        c->side[c->sides].instead = (int)(best - c->second);
-        c->side[c->sides++].token = taken.token;
+    if (best != d->next) {
+        d->side[d->sides].instead = (int)(best - d->second);
+        d->side[d->sides++].token = taken.token;
         best->chance = 0;
         return;
     }
-    c->second[c->guesses] = c->next[1];
-    if (s->max_rows < 2 * s->batch) c->second[c->guesses].chance = 0;   // one that comes true takes two rows then
-    c->ids[c->n + c->guesses++] = taken.token;
-    push(&c->draft, taken.token);
-    extend_draft(s, c, taken.chance);
+    d->second[d->guesses] = d->next[1];
+    if (s->max_rows < 2 * s->batch) d->second[d->guesses].chance = 0;   // one that comes true takes two rows then
+    c->ids[c->n + d->guesses++] = taken.token;
+    push(&d->tail, taken.token);
+    extend_draft(s, d, taken.chance);
 }
 
-// Chooses the guesses of a pass that has n rows without them: always the likeliest, as long as it promises more tokens
-// a second than the pass has before it. Returns how many.
-static int plan_guesses(Scheduler *s, int n) {
+// Chooses the guesses of a pass that has n rows without them, which bring so many tokens or take them in: always the
+// likeliest, as long as it promises more tokens a second than the pass has before it. Returns how many.
+static int plan_guesses(Scheduler *s, int n, double tokens) {
     for (int i = 0; i < s->n_running; i++) {
-        Continuation *c = s->running[i];
-        c->guesses = c->sides = 0;
-        c->draft = c->tail;
-        if (s->drafts) extend_draft(s, c, 1);
+        Draft *d = s->running[i]->draft;
+        d->guesses = d->sides = 0;
+        d->tail = s->running[i]->tail;
+        if (s->drafts) extend_draft(s, d, 1);
     }
     int guesses = 0, most = s->max_rows - n < PASS_GUESSES ? s->max_rows - n : PASS_GUESSES;
-    for (double tokens = n; s->drafts && guesses < most; guesses++) {
-        Continuation *of = NULL;
+    for (; s->drafts && guesses < most; guesses++) {
+        const Continuation *of = NULL;
         Guess *best = NULL;
         for (int i = 0; i < s->n_running; i++) {
             Guess *guess = best_guess(s->running[i]);
             if (guess && (best == NULL || guess->chance > best->chance)) best = guess, of = s->running[i];
         }
-        if (best == NULL || best->chance <= tokens * row_share(&s->pace, n + guesses)) break;
+        if (best == NULL || !(best->chance > tokens * row_share(&s->pace, n + guesses))) break;
         tokens += best->chance;
         add_guess(s, of, best);
     }
     return guesses;
 }
 
-// The tokens of a continuation that have not been run: the last one, and a side guess that came true before it.
-static int rows_due(const Continuation *c) { return c->request->n + c->n - c->sequence.length; }
-
 // Of a continuation its rows that are due, its chain of guesses, its side guesses; from row n of the pass on, with the
 // logits from n_logits on. Returns what is to be drawn from them.
 static Draw add_rows(Scheduler *s, Continuation *c, int *n, int *n_logits) {
     const Request *r = c->request;
-    int from = c->sequence.length, due = rows_due(c), slot = from;
-    Draw d = { .c = c, .logits = logits_of(&s->work, *n_logits), .rows = 1 + c->guesses };
-    kv_reserve(&s->kv, &c->sequence, from + due + c->guesses + c->sides);
-    for (; slot < from + due + c->guesses; slot++)
-        s->rows[(*n)++] = (Row){ &c->sequence, slot, slot, c->ids[slot - r->n], slot >= from + due - 1 };
-    for (int i = 0; i < c->sides; i++, slot++)
-        s->rows[(*n)++] = (Row){ &c->sequence, r->n + c->n + c->side[i].instead, slot, c->side[i].token, true };
-    *n_logits += 1 + c->guesses + c->sides;
+    const Draft *guessed = c->draft;
+    int from = c->sequence.length, due = rows_due(c), place = from;
+    Draw d = { .c = c, .logits = logits_of(&s->work, *n_logits), .rows = 1 + guessed->guesses };
+    kv_reserve(&s->kv, &c->sequence, from + due + guessed->guesses + guessed->sides);
+    for (; place < from + due + guessed->guesses; place++)
+        s->rows[(*n)++] = (Row){ &c->sequence, place, place, c->ids[place - r->n], place >= from + due - 1 };
+    for (int i = 0; i < guessed->sides; i++, place++)
+        s->rows[(*n)++] = (Row){ &c->sequence, r->n + c->n + guessed->side[i].instead, place, guessed->side[i].token, true };
+    *n_logits += d.rows + guessed->sides;
     return d;
 }
 
 // The rows of the next pass; *draws get those that will want tokens. Prompts' rows come last.
 static int gather(Scheduler *s, Draw *draws, int *n_draws) {
-    int n = 0, n_logits = 0;
-    for (int i = 0; i < s->n_running; i++) n += rows_due(s->running[i]);
-    plan_prefill(s, s->max_rows - n);
+    int due = 0, n_logits = 0, n = 0;
+    for (int i = 0; i < s->n_running; i++) due += rows_due(s->running[i]);
+    plan_prefill(s, s->max_rows - due);
     for (Request *r = s->first; r; r = r->next) n += r->rows;
-    s->guesses += plan_guesses(s, n);
+    s->guesses += plan_guesses(s, due + n, s->n_running + n);
     n = *n_draws = 0;
     for (int i = 0; i < s->n_running; i++) draws[(*n_draws)++] = add_rows(s, s->running[i], &n, &n_logits);
     for (Request *r = s->first; r; r = r->next) {
@@ -2514,6 +2559,7 @@ static void request_free(Request *r, int returns, KVCache *kv) {
     for (int i = 0; r->continuations && i < returns; i++) {
         kv_free(kv, &r->continuations[i].sequence);
         free(r->continuations[i].ids);
+        free(r->continuations[i].draft);
         free(r->continuations[i].text.data);
     }
     kv_free(kv, &r->prefix);
@@ -2541,6 +2587,7 @@ static void scheduler_free(Scheduler *s) {
 
 typedef struct {
     int fd;
+    const char *name;          // in messages
     char delimiter;            // newline or NUL
     Bytes buffer;
     size_t start, scanned;     // the next record begins at start; there is no delimiter before scanned
@@ -2577,7 +2624,7 @@ static int next_record(Records *in, bool wait, char **text, size_t *n) {
         in->scanned = in->buffer.size;
         in->buffer.data = grow(in->buffer.data, &in->buffer.room, in->buffer.size + 65536);
         ssize_t got = read(in->fd, in->buffer.data + in->buffer.size, 65536);
-        if (got < 0) die("cannot read standard input: %s", strerror(errno));
+        if (got < 0) die("cannot read %s: %s", in->name, strerror(errno));
         if (got == 0) in->ended = true;
         in->buffer.size += (size_t)got;
     }
@@ -2905,7 +2952,7 @@ typedef struct {
          learn, no_speculation, quiet, verbose, help, version;
     long new_tokens, top_k, returns, seed, threads, batch, rows;   // seed -1: drawn from the system; 0: as usual
     long kv_memory;            // bytes
-    long tokens;
+    long tokens;               // 0: as usual
     double temperature, top_p, min_p, penalty;
 } Options;
 
@@ -2914,7 +2961,7 @@ typedef struct { const Options *o; Records records; bool single, given; char *ow
 
 static Prompts prompts_open(const Options *o) {
     Prompts p = { .o = o, .single = o->prompt || o->file,
-                  .records = { .fd = STDIN_FILENO, .delimiter = o->null ? 0 : '\n' } };
+                  .records = { .fd = STDIN_FILENO, .name = "standard input", .delimiter = o->null ? 0 : '\n' } };
     return p;
 }
 
@@ -3158,7 +3205,8 @@ static int generate(const Options *o, Model *m, const Kernels *kernels) {
     Generation g = { .o = o, .m = m, .s = new_scheduler(o, m, kernels), .prompts = prompts_open(o),
                      .stream = (o->prompt || o->file) && o->returns == 1 && !o->json };
     g.s.stops = stops, g.s.n_stops = o->n_stops;
-    g.s.source = read_request, g.s.progress = show_progress, g.s.finished = show_line, g.s.sink = show_request, g.s.arg = &g;
+    g.s.source = read_request, g.s.progress = show_progress, g.s.finished = show_line, g.s.sink = show_request;
+    g.s.arg = &g;
     Drafts drafts;
     if (!o->no_speculation) {
         drafts = drafts_open(m);
@@ -3250,7 +3298,7 @@ static bool decode_line(const Model *m, const char *s, size_t n, Bytes *text, si
 
 static int detokenize(const Options *o, const Model *m) {
     // Lines of ids come from -p or -f as from standard input; they end in a newline, with -0 too.
-    Records in = { .fd = STDIN_FILENO, .delimiter = '\n' };
+    Records in = { .fd = STDIN_FILENO, .name = o->file ? o->file : "standard input", .delimiter = '\n' };
     if (o->file && strcmp(o->file, "-") != 0 && (in.fd = open(o->file, O_RDONLY | O_CLOEXEC)) < 0)
         die("cannot open %s: %s", o->file, strerror(errno));
     if (o->prompt) {
@@ -3672,7 +3720,10 @@ static Request *replay_request(void *arg, bool wait, bool *ended) {
     *r = (Request){ .line = l->line, .forced = l->ids, .prompt_size = l->prompt_size };
     r->prompt = memcpy(allocate(l->prompt_size + 1, 1), l->prompt, l->prompt_size);
     give_tokens(r, p->m, p->o, l->n);
-    r->limit = l->n < p->m->c.context - r->n ? l->n : p->m->c.context - r->n;
+    if (!r->error && r->n + l->n > p->m->c.context)
+        r->error = format_string("the prompt and its text have %d tokens, the context holds %d; shorten them", r->n + l->n,
+                                 p->m->c.context);
+    r->limit = l->n;
     return r;
 }
 
@@ -3708,7 +3759,10 @@ static void read_replay(Replay *p, Records *in, int most) {
         ReplayLine *l = &p->lines[p->n_lines];
         size_t rest_size = tab ? n - (size_t)(rest - text) : 0;
         *l = (ReplayLine){ .line = in->line, .prompt_size = tab ? (size_t)(tab - text) : 0 };
-        if (tab && !p->o->no_escape) l->prompt_size = unescape(text, l->prompt_size), rest_size = unescape(rest, rest_size);
+        if (tab && !p->o->no_escape) {
+            l->prompt_size = unescape(text, l->prompt_size);
+            rest_size = unescape(rest, rest_size);
+        }
         l->ids = allocate(rest_size + 1, sizeof *l->ids);
         l->n = (int)encode(p->m, p->o, rest, rest_size, l->ids);
         if (l->n == 0)
@@ -3720,7 +3774,7 @@ static void read_replay(Replay *p, Records *in, int most) {
 
 static int replay(const Options *o, Model *m, const Kernels *kernels) {
     Replay p = { .o = o, .m = m };
-    Records in = { .fd = strcmp(o->replay, "-") == 0 ? STDIN_FILENO : open(o->replay, O_RDONLY | O_CLOEXEC), .delimiter = '\n' };
+    Records in = { .fd = open(o->replay, O_RDONLY | O_CLOEXEC), .name = o->replay, .delimiter = '\n' };
     if (in.fd < 0) die("cannot open %s: %s", o->replay, strerror(errno));
     int at_once = o->batch ? (int)(o->batch < MAX_BATCH ? o->batch : MAX_BATCH) : 1;
     p.lines = allocate((size_t)at_once, sizeof *p.lines);
@@ -3736,13 +3790,14 @@ static int replay(const Options *o, Model *m, const Kernels *kernels) {
         for (int i = 0; i < p.n_lines; i++) free(p.lines[i].prompt), free(p.lines[i].ids);
     }
     drafts_close(&drafts);
-    if (in.fd != STDIN_FILENO) close(in.fd);
+    close(in.fd);
     free(in.buffer.data);
     free(p.lines);
     if (interrupted) return interrupted;
     if (guessed.draws == 0) die("%s: there is nothing to decode: no line has two tokens behind its tab", o->replay);
 
-    double passes = (double)guessed.decoded / (double)guessed.draws, true_guesses = (double)(guessed.decoded - guessed.draws);
+    double passes = (double)guessed.decoded / (double)guessed.draws;
+    double true_guesses = (double)(guessed.decoded - guessed.draws);
     double speeds[2] = { (double)alone.decoded / alone.seconds, (double)guessed.decoded / guessed.seconds };
     Bytes out = {0};
     if (o->json)
@@ -3752,7 +3807,8 @@ static int replay(const Options *o, Model *m, const Kernels *kernels) {
     else {
         append_format(&out, "%-28s %11s %9s\n", "decoding of known text", "tokens/pass", "tokens/s");
         append_format(&out, "%-28s %11.2f %9.1f\n", "one token a pass", 1.0, speeds[0]);
-        append_format(&out, "%-28s %11.2f %9.1f, %.2f times as fast\n", "with guesses", passes, speeds[1], speeds[1] / speeds[0]);
+        append_format(&out, "%-28s %11.2f %9.1f, %.2f times as fast\n", "with guesses", passes, speeds[1],
+                      speeds[1] / speeds[0]);
         append_format(&out, "%ld tokens; %.0f of %ld guesses came true\n", guessed.decoded, true_guesses, guessed.guesses);
     }
     print(&out);
@@ -3780,7 +3836,7 @@ typedef struct {
     Scheduler s;
     Drafts table;
     uint64_t seed;
-    long begun, delivered, learnt;     // texts begun, texts delivered; tokens
+    long begun, delivered, learnt, tokens;     // texts begun, texts delivered; tokens so far, and in the end
     double shown;              // seconds(): when progress was
 } Learning;
 
@@ -3788,14 +3844,15 @@ typedef struct {
 static Request *learning_request(void *arg, bool wait, bool *ended) {
     (void)wait;
     Learning *l = arg;
-    *ended = l->learnt == l->o->tokens;
-    if (*ended || l->learnt + (l->begun - l->delivered) * l->o->new_tokens >= l->o->tokens) return NULL;
+    long each = l->o->new_tokens < l->m->c.context ? l->o->new_tokens : l->m->c.context;
+    *ended = l->learnt == l->tokens;
+    if (*ended || l->learnt + (l->begun - l->delivered) * each >= l->tokens) return NULL;
     const char *opening = openings[l->begun % OPENINGS];
     Request *r = allocate(1, sizeof *r);
     r->prompt_size = strlen(opening);
     r->prompt = memcpy(allocate(r->prompt_size + 1, 1), opening, r->prompt_size);
     give_tokens(r, l->m, l->o, l->o->new_tokens);
-    if (r->error) die("%s: no text can be sampled from \"%s\": %s", l->m->path, opening, r->error);
+    if (r->error) die("%s: nothing can be sampled to learn from: %s", l->m->path, r->error);
     long room = l->m->c.context - r->n;
     r->limit = (int)(l->o->new_tokens < room ? l->o->new_tokens : room);
     r->seed = (l->seed + (uint64_t)(l->begun++ / OPENINGS)) & MOST_SEED;
@@ -3806,7 +3863,7 @@ static Request *learning_request(void *arg, bool wait, bool *ended) {
 
 static void learn_text(void *arg, Continuation *c) {
     Learning *l = arg;
-    for (int i = 0; i < c->n && l->learnt < l->o->tokens; i++, l->learnt++) learn(&l->table, &c->tail, c->ids[i]);
+    for (int i = 0; i < c->n && l->learnt < l->tokens; i++, l->learnt++) learn(&l->table, &c->tail, c->ids[i]);
 }
 
 static void learning_end(void *arg, Request *r) {
@@ -3814,14 +3871,14 @@ static void learning_end(void *arg, Request *r) {
     l->delivered++;
     request_free(r, l->s.returns, &l->s.kv);
     if (l->o->quiet || !isatty(STDERR_FILENO) || seconds() - l->shown < 0.2) return;
-    fprintf(stderr, "\rkl3m: %ld of %ld tokens sampled\033[K", l->learnt, l->o->tokens);
+    fprintf(stderr, "\rkl3m: %ld of %ld tokens sampled\033[K", l->learnt, l->tokens);
     l->shown = seconds();
 }
 
-// The model's file with a table of guesses behind its other sections, in place of one that it has. Offsets stay as they
-// are, unless the table of sections needs more room.
+// The model's file with a table of guesses behind its other sections, in place of one that it has. The others move
+// together, as far as the table of sections needs more room.
 static void write_guesses(const Model *m, Output *out, const Context *table) {
-    enum { AT = 4096, END = 2 << 20 };         // the exporter's reason: the file can lie in huge pages
+    enum { SMALL_PAGE = 4096 };
     Section *sections = allocate(m->n_sections + 1, sizeof *sections), *s = sections;
     uint64_t first = m->size, end = 0;
     for (uint32_t i = 0; i < m->n_sections; i++) {
@@ -3836,35 +3893,37 @@ static void write_guesses(const Model *m, Output *out, const Context *table) {
     for (s = sections; s < sections + n - 1; s++) s->offset += shift;
     size_t size = CONTEXTS * sizeof *table;
     *s = (Section){ .name = "guesses", .type = TYPE_BYTES, .crc = crc32_of(0, (const uint8_t *)table, size),
-                    .offset = (end + shift + AT - 1) / AT * AT, .size = size };
-    uint64_t file_size = (s->offset + size + END - 1) / END * END;
+                    .offset = (end + shift + SMALL_PAGE - 1) / SMALL_PAGE * SMALL_PAGE, .size = size };
+    uint64_t file_size = (s->offset + size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
 
     FileHeader h = { .version = FORMAT_VERSION, .sections = n, .file_size = file_size };
     memcpy(h.magic, m->map, sizeof h.magic);
     h.directory_crc = crc32_of(crc32_of(0, (const uint8_t *)&h, 24), (const uint8_t *)sections, n * sizeof *s);
-    static const uint8_t zeros[END];
-    struct { const void *data; uint64_t size; } parts[] = {
-        { &h, sizeof h }, { sections, n * sizeof *s }, { zeros, first + shift - head }, { m->map + first, end - first },
-        { zeros, s->offset - end - shift }, { table, size }, { zeros, file_size - s->offset - size },
+    struct { const void *data; uint64_t at, size; } parts[] = {
+        { &h, 0, sizeof h }, { sections, sizeof h, n * sizeof *s }, { m->map + first, first + shift, end - first },
+        { table, s->offset, size }, { NULL, file_size, 0 },
     };
-    setvbuf(out->file, NULL, _IOFBF, END);     // so writes begin and end at its multiples
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) write_all(out->file, parts[i].data, parts[i].size, out->name);
+    uint64_t at = 0;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; at = parts[i].at + parts[i].size, i++) {
+        for (; at < parts[i].at; at++) write_all(out->file, "", 1, out->name);
+        write_all(out->file, parts[i].data, parts[i].size, out->name);
+    }
     free(sections);
 }
 
 static int learn_guesses(const Options *o, Model *m, const Kernels *kernels) {
     Learning l = { .o = o, .m = m, .s = new_scheduler(o, m, kernels), .table = drafts_open(NULL),
-                   .seed = o->seed >= 0 ? (uint64_t)o->seed : system_seed() };
+                   .seed = o->seed >= 0 ? (uint64_t)o->seed : system_seed(), .tokens = o->tokens ? o->tokens : 40000 };
     Bytes text = {0};
     if (o->file) text = read_file(o->file);
     Output out = output_open(o->out);          // now, not when all is done: it may not be possible
     struct statvfs disk;
-    double need = (double)m->size + CONTEXTS * sizeof(Context);
-    if (out.temporary && statvfs(out.temporary, &disk) == 0 && (double)disk.f_bavail * (double)disk.f_frsize < need)
-        die("%s: the disk has %.0f MB left and %.0f are needed", o->out, (double)disk.f_bavail * (double)disk.f_frsize * 1e-6,
-            need * 1e-6);
+    double need = (double)m->size + CONTEXTS * sizeof(Context), room = need;
+    if (out.temporary && statvfs(out.temporary, &disk) == 0) room = (double)disk.f_bavail * (double)disk.f_frsize;
+    if (room < need) die("%s: the disk has %.0f MB left, %.0f are needed", o->out, room * 1e-6, need * 1e-6);
     l.s.returns = 1;
-    l.s.source = learning_request, l.s.progress = ignore, l.s.finished = learn_text, l.s.sink = learning_end, l.s.arg = &l;
+    l.s.source = learning_request, l.s.progress = ignore, l.s.finished = learn_text, l.s.sink = learning_end;
+    l.s.arg = &l;
     double start = seconds();
     schedule(&l.s);
     if (l.shown > 0) fputs("\r\033[K", stderr);
@@ -3910,7 +3969,7 @@ typedef struct {
 
 static Options options = {
     .new_tokens = 128, .top_k = 50, .returns = 1, .seed = -1, .threads = 0, .batch = 0, .rows = 0,
-    .tokens = 40000, .temperature = 0.3, .top_p = 1, .min_p = 0, .penalty = 1,
+    .temperature = 0.3, .top_p = 1, .min_p = 0, .penalty = 1,
 };
 
 static const Option option_table[] = {
@@ -4093,8 +4152,14 @@ static void parse_options(int argc, char **argv) {
     if (options.jsonl) options.json = true;
     if (options.replay && !options.bench) usage_error("--replay goes with --bench");
     if (options.learn != (options.out != NULL)) usage_error("--learn and -o, --out go together: the model that is written");
-    if (options.learn && (options.prompt || options.jsonl || options.null || options.new_tokens == 0))
-        usage_error("--learn samples from beginnings of its own, and learns from -f FILE: not with -p, -0, --jsonl or -n 0");
+    if (options.tokens && !options.learn) usage_error("--tokens goes with --learn");
+    bool reaches_nothing = options.n_stops > 0 || options.returns > 1 || options.no_speculation;
+    if (options.learn && (options.prompt || options.null || options.json || options.new_tokens == 0 || reaches_nothing))
+        usage_error("--learn samples from beginnings of its own, one text of each, and learns from -f FILE: not with -p, -0, "
+                    "--json, --jsonl, --stop, -r, --no-speculation or -n 0");
+    if (options.replay && (options.prompt || options.file || options.jsonl || reaches_nothing))
+        usage_error("--replay takes its prompts and their texts from its file, and runs them with guesses and without: not "
+                    "with -p, -f, --jsonl, --stop, -r or --no-speculation");
     int commands = options.tokenize + options.detokenize + (options.logits != NULL) + options.info + options.verify +
                    options.learn + options.bench;
     if (commands > 1)

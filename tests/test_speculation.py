@@ -1,4 +1,5 @@
 """Guesses: they may be right, wrong or hostile, and no byte of the output depends on them."""
+import array
 import functools
 import json
 import os
@@ -17,7 +18,8 @@ TABLE = 8 << 20      # bytes
 LINES = {            # of kl3m.c
     "taken": "Guess taken = *best;",
     "chance": "guess[i].chance = d->hits[i][class] / d->tries[i][class];",
-    "next": "propose(s->drafts, &c->draft, c->next);",
+    "next": "propose(s->drafts, &d->tail, d->next);",
+    "pace": "return row / (pace.seconds + (n - pace.rows) * row);",
 }
 
 
@@ -51,6 +53,27 @@ def figures(err):
     return (float(found.group(1)), int(found.group(2)), int(found.group(3))) if found else (1.0, 0, 0)
 
 
+def build(name, **changes):
+    """A build of the program with some of these lines changed."""
+    source, place = (ROOT / "kl3m.c").read_text(), tmpdir()
+    for line, new in changes.items():
+        expect(source.count(LINES[line]), 1, "the line that is to be changed")
+        source = source.replace(LINES[line], new)
+    (place / "kl3m.c").write_text(source)
+    for file in ("tokenizer.c", "tokenizer.h"):
+        (place / file).write_bytes((ROOT / file).read_bytes())
+    subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O1", "-ffp-contract=off", "-pthread", "-o", name, "kl3m.c",
+                    "tokenizer.c", "-lm"], check=True, cwd=place)
+    return place / name
+
+
+@functools.lru_cache(None)
+def steady():
+    """A build that does not look at the clock: a row more costs it a fiftieth of any pass, so its figures are the same in
+    each run."""
+    return build("steady", pace="return 0.02 + 0 * row;")
+
+
 SETTINGS = [
     ["-t", 0.3], ["-t", 0], ["-t", 1, "-k", 0], ["-t", 0.7, "--top-p", 0.9, "-r", 3], ["-t", 0.3, "--repetition-penalty", 1.3],
     ["-t", 0.3, "--ignore-eos", "-n", 100], ["-t", 0.3, "--stop", "th", "--stop", "of the"], ["-t", 0.3, "-b", 1],
@@ -77,7 +100,7 @@ def _():
     texts = true = guesses = 0
     for model in (trained(), taught(), small_model()):
         for settings in SETTINGS:
-            compared, (_, right, run) = compare(model, settings)
+            compared, (_, right, run) = compare(model, settings, program=steady())
             texts, true, guesses = texts + compared, true + right, guesses + run
     assert texts >= 500 and guesses > 5000 and true > 2000, (texts, guesses, true)
 
@@ -86,22 +109,8 @@ def _():
 def _():
     for isa in ("avx512", "avx2", "neon", "portable"):
         if run_kl3m("-m", trained(), "-p", "Q", "-n", 1, env={"KL3M_ISA": isa}).code == 0:
-            _, (_, true, _) = compare(taught(), ["-t", 0.3], env={"KL3M_ISA": isa}, count=7)
+            _, (_, true, _) = compare(taught(), ["-t", 0.3], program=steady(), env={"KL3M_ISA": isa}, count=7)
             assert true > 30, (isa, true)
-
-
-def build(name, **changes):
-    """A build of the program with some of these lines changed."""
-    source, place = (ROOT / "kl3m.c").read_text(), tmpdir()
-    for line, new in changes.items():
-        expect(source.count(LINES[line]), 1, "the line that is to be changed")
-        source = source.replace(LINES[line], new)
-    (place / "kl3m.c").write_text(source)
-    for file in ("tokenizer.c", "tokenizer.h"):
-        (place / file).write_bytes((ROOT / file).read_bytes())
-    subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O1", "-ffp-contract=off", "-pthread", "-o", name, "kl3m.c",
-                    "tokenizer.c", "-lm"], check=True, cwd=place)
-    return place / name
 
 
 @test("builds that corrupt every guess, that guess all they can, or whose second guesses are the good ones make the same bytes")
@@ -109,7 +118,7 @@ def _():
     wrong = build("wrong", taken=LINES["taken"] + "taken.token = (taken.token + 1) % (uint32_t)s->m->c.vocab;")
     eager = build("eager", chance="guess[i].chance = 1;")
     aside = build("aside", chance="guess[i].chance = i ? 0.9 : 1;",
-                  next=LINES["next"] + "Guess first = c->next[0]; c->next[0] = c->next[1], c->next[1] = first;")
+                  next=LINES["next"] + "Guess first = d->next[0]; d->next[0] = d->next[1], d->next[1] = first;")
     taken = 0
     for settings in SETTINGS:
         _, (_, true, guesses) = compare(taught(), settings, program=wrong, count=8)
@@ -129,34 +138,61 @@ def sections(data):
     return found
 
 
-def with_table(model, table, out):
-    """The model with these bytes for a table, whatever they are."""
-    data = bytearray(taught().read_bytes() if model == trained() else model.read_bytes())
+def with_table(table, out, offset=None):
+    """The trained model with these bytes for a table, whatever they are; or a table that lies at another offset."""
+    data = bytearray(taught().read_bytes())
     count, = struct.unpack_from("<I", data, 12)
     at = 64 + 96 * (count - 1)
     assert data[at:at + 8] == b"guesses\0"
-    offset, = struct.unpack_from("<Q", data, at + 64)
-    data[offset:offset + TABLE] = bytes(TABLE)
-    data[offset:offset + len(table)] = table
+    if offset is None:
+        offset, = struct.unpack_from("<Q", data, at + 64)
+        data[offset:offset + TABLE] = bytes(TABLE)
+        data[offset:offset + len(table)] = table
     struct.pack_into("<IQQ", data, at + 60, zlib.crc32(table), offset, len(table))
     struct.pack_into("<I", data, 24, zlib.crc32(data[64:64 + 96 * count], zlib.crc32(data[:24])))
     out.write_bytes(data)
     return out
 
 
-@test("a table of anything changes no byte; one of a wrong size is refused, and --no-speculation does without it")
+@test("a table of anything changes no byte; one of a wrong size or place is refused, and --no-speculation does without it")
 def _():
-    out = tmpdir() / "hostile.bin"
-    noise = random.Random(1).randbytes(TABLE)
-    for table in (noise, b"\xff" * TABLE, b"\1" * TABLE, bytes(TABLE)):
-        with_table(trained(), table, out)
-        compare(out, ["-t", 0.3])
-    for size in (0, 16, TABLE - 16):
-        with_table(trained(), noise[:size], out)
+    out, draw = tmpdir() / "hostile.bin", random.Random(1)
+    table = sections(taught().read_bytes())["guesses"][-1]
+
+    def spoil(*change):
+        """The contexts stay what they are, and what followed them becomes something else."""
+        fields = array.array("B", table)
+        for at in range(0, TABLE, 16):
+            if table[at + 4]:
+                fields[at + 4:at + 16] = array.array("B", bytes(change) or draw.randbytes(12))
+        return fields.tobytes()
+    tables = [draw.randbytes(TABLE), b"\xff" * TABLE, b"\1" * TABLE, bytes(TABLE), spoil(), spoil(*[255] * 12),
+              spoil(1, 200, 200, 0, 9, 0, 0, 0, 9, 0, 0, 0), spoil(255, 0, 7, 0, *[0] * 8)]
+    for spoilt in tables:
+        with_table(spoilt, out)
+        compare(out, ["-t", 0.3], count=8)
+    for size, offset in ((0, None), (16, None), (TABLE - 16, None), (TABLE, 64), (TABLE, 0), (TABLE, 1 << 20)):
+        with_table(tables[0][:size], out, offset)
         done = run_kl3m("-m", out, "-p", "Q", "-n", 4)
-        assert done.code == 1 and "guesses" in done.err and "--learn" in done.err, done.err
+        assert done.code == 1 and "guesses" in done.err and "--no-speculation" in done.err, (size, offset, done.err)
         expect(run_kl3m("-m", out, "-p", "Q", "-n", 4, "-s", 1, "--no-speculation").out,
                run_kl3m("-m", trained(), "-p", "Q", "-n", 4, "-s", 1).out)
+
+
+@test("what a model computes behind the end of a text is no fault of the text's, however far was guessed")
+def _():
+    model, data = tmpdir() / "m.bin", bytearray(taught().read_bytes())
+    count, = struct.unpack_from("<I", data, 12)
+    for i in range(count):
+        name, offset = data[64 + 96 * i:].split(b"\0", 1)[0], struct.unpack_from("<Q", data, 64 + 96 * i + 64)[0]
+        if name == b"embed_in.weight":
+            hidden, = struct.unpack_from("<I", data, 64 + 96 * i + 84)
+            end = json.loads((ROOT / "tests" / "tiny" / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+            end, = [token["id"] for token in end if token["content"] == "<|end|>"]
+            struct.pack_into("<%df" % hidden, data, offset + 4 * hidden * end, *[float("nan")] * hidden)
+    model.write_bytes(data)
+    _, (_, true, _) = compare(model, ["-n", 400], program=steady())
+    assert true > 100, true
 
 
 @test("--learn writes the same model with a table, the same bytes for a seed, whatever the batch and the threads")
@@ -184,12 +220,19 @@ def _():
     # In its own place, and with a directory of sections that was moved for it.
     (place / "c").write_bytes(trained().read_bytes())
     assert learn("c", "-s", 1, model=place / "c") == first
-    expect(sorted(os.listdir(place)), ["a", "b", "c", "own.txt"])
+    # Through a link, with the rights that the file had.
+    (place / "c").write_bytes(trained().read_bytes())
+    (place / "c").chmod(0o600)
+    (place / "link").symlink_to("c")
+    assert learn("link", "-s", 1, model=place / "link") == first
+    assert (place / "link").is_symlink() and (place / "c").stat().st_mode & 0o777 == 0o600
+    expect(sorted(os.listdir(place)), ["a", "b", "c", "link", "own.txt"])
 
 
 @test("--learn says at once what it cannot do, and leaves nothing half-written")
 def _():
     place = tmpdir()
+    # What is said before anything is sampled: these tokens would take hours.
     for args, status, word in ((["--learn"], 2, "--out"), (["-o", place / "x", "-p", "Q"], 2, "--learn"),
                                (["--learn", "-o", place / "no" / "x"], 1, str(place / "no" / "x")),
                                (["--learn", "-o", place], 1, str(place)),
@@ -198,15 +241,21 @@ def _():
                                (["--learn", "-o", place / "x", "-n", 0], 2, "-n 0"),
                                (["--learn", "-o", place / "x", "--tokens", 0], 2, "--tokens"),
                                (["--learn", "-o", place / "x", "--bench"], 2, "--bench"),
-                               (["--replay", place / "x", "-p", "Q"], 2, "--bench")):
-        start = time.monotonic()
-        done = run_kl3m("-m", trained(), *args)
+                               (["--learn", "-o", place / "x", "--stop", "Q"], 2, "--stop"),
+                               (["--learn", "-o", place / "x", "--json"], 2, "--json"),
+                               (["--learn", "-o", place / "x", "--truncate", "left", "-n", 4000], 1, "-n"),
+                               (["--replay", place / "x", "-p", "Q"], 2, "--bench"),
+                               (["--bench", "--replay", place / "x", "-r", 2], 2, "-r"),
+                               (["--bench", "--replay", place], 1, str(place))):
+        more = ["--tokens", 1 << 36] if "--learn" in args and "--tokens" not in args else []
+        done = run_kl3m("-m", trained(), *args, *more)
         assert done.code == status and word in done.err and done.err.count("\n") == 1, (args, done.code, done.err)
-        assert time.monotonic() - start < 5
+    done = run_kl3m("-m", trained(), "-p", "Q", "--tokens", 5)
+    assert done.code == 2 and "--learn" in done.err, done.err
     expect(os.listdir(place), [])
     child = subprocess.Popen([KL3M, "-m", str(trained()), "--learn", "-o", str(place / "x"), "--tokens", "100000000"],
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not os.listdir(place):
+    while not os.listdir(place) and child.poll() is None:
         time.sleep(0.01)
     child.terminate()
     out, err = child.communicate(timeout=30)
@@ -229,7 +278,7 @@ def _():
         replay.write_text("".join("\t".join("".join(escape.get(c, c) for c in part) for part in line) + "\n" for line in lines))
 
     def measure(model):
-        done = run_kl3m("-m", model, "--bench", "--replay", replay, "--json")
+        done = run_kl3m("-m", model, "--bench", "--replay", replay, "--json", program=steady())
         expect(done.code, 0, done.err)
         return json.loads(done.text)
     write(lines)
@@ -240,7 +289,7 @@ def _():
         passes = got["tokens"] / got["tokens_per_pass"]
         assert abs(passes - (tokens - got["guesses_true"])) < 0.01 * passes and got["guesses"] >= got["guesses_true"], got
         assert min(got["tokens_per_second"]) > 0
-    assert own["tokens_per_pass"] > 1.5, own          # it depends on the pace of this machine: 5 to 9
+    assert own["tokens_per_pass"] > 2.2 and own["tokens_per_pass"] > 1.5 * without["tokens_per_pass"], (own, without)
     # A text that the model would never write is known after -f has brought it.
     words = random.Random(4).choices("zeugma quorum yclept fjord vexed jynx".split(), k=60)
     (place / "own.txt").write_text(" ".join(words))
@@ -266,8 +315,9 @@ def _():
     for text, word in (("no tab\n", "line 1"), ("a\tb c\nQ\t\n", "line 2"), ("", "nothing")):
         done = run(text)
         assert done.code == 1 and word in done.err and str(replay) in done.err, (text, done.err)
-    done = run("%s\tb c d\nQ\tone two three\n" % ("word " * 500))
-    assert done.code == 3 and "line 1: " in done.err and done.err.count("\n") == 1, done.err
+    for long in ("%s\tb c d" % ("word " * 500), "b c d\t%s" % ("word " * 500)):
+        done = run(long + "\nQ\tone two three\n")
+        assert done.code == 3 and "line 1: " in done.err and done.err.count("\n") == 1, done.err
     done = run_kl3m("-m", small_model(), "--bench", "--replay", tmpdir() / "none")
     assert done.code == 1 and "none" in done.err
 

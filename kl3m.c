@@ -1627,10 +1627,15 @@ static void forward(Work *w, const Row *rows, int n) {
 
 static const float *logits_of(const Work *w, int i) { return w->logits + (long)i * padded(w->m->c.vocab); }
 
+// Sixteen at a time, which compilers make vectors of: plain loops over the vocabulary took 4% of a full batch's time.
 static bool all_finite(const float *logits, int n) {
-    int flaws = 0;
-    for (int i = 0; i < n; i++) flaws |= !(fabsf(logits[i]) <= FLT_MAX);
-    return !flaws;
+    float flaws[BLOCK] = {0}, flaw = 0;        // 0 times what is not finite is NaN
+    int i = 0;
+    for (; i + BLOCK <= n; i += BLOCK)
+        for (int j = 0; j < BLOCK; j++) flaws[j] += 0 * logits[i + j];
+    for (; i < n; i++) flaw += 0 * logits[i];
+    for (int j = 0; j < BLOCK; j++) flaw += flaws[j];
+    return flaw == 0;
 }
 
 __attribute__((noreturn))
@@ -1722,11 +1727,17 @@ static void penalize(const float *logits, int n, const uint32_t *ids, int n_ids,
         }
 }
 
+// The first of the largest.
 static uint32_t argmax(const float *logits, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[best]) best = i;
-    return (uint32_t)best;
+    float most[BLOCK], largest = logits[0];
+    int i = 0;
+    for (int j = 0; j < BLOCK; j++) most[j] = logits[0];
+    for (; i + BLOCK <= n; i += BLOCK)
+        for (int j = 0; j < BLOCK; j++) most[j] = logits[i + j] > most[j] ? logits[i + j] : most[j];
+    for (; i < n; i++) largest = logits[i] > largest ? logits[i] : largest;
+    for (int j = 0; j < BLOCK; j++) largest = most[j] > largest ? most[j] : largest;
+    for (i = 0; logits[i] != largest; i++) {}
+    return (uint32_t)i;
 }
 
 // The tokens that may be drawn, with weights that sum to *total: the distribution that transformers would draw from.

@@ -152,29 +152,34 @@ def _():
     expect((done.stdout.split()[0], done.stdout.count(b"\n"), done.stderr), (b"500", 1, b""))
 
 
+def run_slowly(*args, input, terminal=True):
+    """What a run shows on standard error, a terminal or not, and what it writes; slow enough to show something."""
+    ours, theirs = pty.openpty()
+    with open(input, "rb") as source:
+        child = subprocess.Popen([KL3M, "-m", str(model()), "-s", "1", "-b", "1", "-j", "1", *args], stdin=source,
+                                 stdout=subprocess.PIPE, stderr=theirs if terminal else subprocess.PIPE,
+                                 env={"KL3M_ISA": "portable"})
+    os.close(theirs)
+    seen = []
+    reader = threading.Thread(target=lambda: seen.append(child.stdout.read()))
+    reader.start()
+    shown = b""
+    try:
+        while terminal:
+            shown += os.read(ours, 4096)
+    except OSError:     # nobody has the terminal open any more
+        pass
+    shown += b"" if terminal else child.stderr.read()
+    reader.join()
+    os.close(ours)
+    expect(child.wait(), 0)
+    return shown.decode(), seen[0]
+
+
 @test("on a terminal standard error counts the prompts while they run and is clean at the end; elsewhere and with -q it is silent")
 def _():
     def run(*args, terminal=True):
-        ours, theirs = pty.openpty()
-        with open(prompts, "rb") as source:
-            child = subprocess.Popen([KL3M, "-m", str(model()), "-s", "1", "-n", "200", "-b", "1", "-j", "1", *args],
-                                     stdin=source, stdout=subprocess.PIPE, stderr=theirs if terminal else subprocess.PIPE,
-                                     env={"KL3M_ISA": "portable"})
-        os.close(theirs)
-        seen = []
-        reader = threading.Thread(target=lambda: seen.append(child.stdout.read()))
-        reader.start()
-        shown = b""
-        try:
-            while terminal:
-                shown += os.read(ours, 4096)
-        except OSError:     # nobody has the terminal open any more
-            pass
-        shown += b"" if terminal else child.stderr.read()
-        reader.join()
-        os.close(ours)
-        expect(child.wait(), 0)
-        return shown.decode(), seen[0]
+        return run_slowly("-n", "200", *args, input=prompts, terminal=terminal)
     prompts = tmpdir() / "prompts.txt"
     prompts.write_bytes(lines(random_prompts(25, 5)))
     shown, out = run()
@@ -185,6 +190,20 @@ def _():
     assert shown.endswith("\r\033[K"), shown
     expect(run("-q")[0], "")
     expect(run(terminal=False)[0], "")
+
+
+@test("--learn counts its tokens on a terminal, says at the end what it wrote, and with -q neither")
+def _():
+    out = tmpdir() / "taught.bin"
+
+    def learn(*args, **more):
+        return run_slowly("--learn", "-o", str(out), "--tokens", "400", "-n", "40", *args, input=os.devnull, **more)
+    shown, said = learn()
+    steps = re.findall(r"\rkl3m: (\d+) of 400 tokens sampled\033\[K", shown)
+    assert steps and sorted(map(int, steps)) == list(map(int, steps)) and shown.endswith("\r\033[K"), shown
+    expect(said.decode(), "%s: the model with a table of guesses from 400 tokens of its own\n" % out)
+    expect(learn("-q"), ("", b""))
+    expect(learn(terminal=False), ("", said))
 
 
 # ---- --jsonl ------------------------------------------------------------------------------------

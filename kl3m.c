@@ -3418,6 +3418,8 @@ static int show_info(const Model *m) {
                   c->head_size, c->kv_heads, c->rotary_dims, c->head_size, c->rotary_base);
     append_format(&out, "vocabulary    %d, %u tokens\n", c->vocab, m->tokenizer.tokens);
     append_format(&out, "context       %d tokens\n", c->context);
+    append_format(&out, "guesses       %s\n",
+                  seek_section(m, "guesses") ? "a table of its own teaching" : "no table; --learn makes one");
     print(&out);
     flush_stdout();
     return OK;

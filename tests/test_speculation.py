@@ -217,6 +217,8 @@ def _():
     assert table.count(0) < TABLE - 3000
     assert len(first) <= len(trained().read_bytes()) + (16 << 20)
     expect(run_kl3m("-m", place / "a", "--verify").code, 0)
+    for model, word in ((trained(), "no table"), (place / "a", "a table")):
+        assert re.search("^guesses +%s" % word, run_kl3m("-m", model, "--info").text, flags=re.M)
     # In its own place, and with a directory of sections that was moved for it.
     (place / "c").write_bytes(trained().read_bytes())
     assert learn("c", "-s", 1, model=place / "c") == first

@@ -1955,10 +1955,11 @@ static Drafts drafts_open(const Model *m) {
             die("%s: cannot use its table of guesses: %s; --no-speculation runs without it", m->path, strerror(errno));
         d.table = (Context *)start;
     } else d.table = d.owned = allocate_lazily(size);
-    for (int i = 0; i < 2 * CLASSES; i++) {    // until it is known better, the table is believed
-        d.tries[i / CLASSES][i % CLASSES] = MOST_TRIES / 16;
-        d.hits[i / CLASSES][i % CLASSES] = MOST_TRIES / 16 * (i % CLASSES + 0.5) / CLASSES;
-    }
+    for (int i = 0; i < 2; i++)                // until it is known better, the table is believed
+        for (int class = 0; class < CLASSES; class++) {
+            d.tries[i][class] = MOST_TRIES / 16.0;
+            d.hits[i][class] = d.tries[i][class] * (class + 0.5) / CLASSES;
+        }
     return d;
 }
 

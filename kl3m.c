@@ -1957,7 +1957,7 @@ static Drafts drafts_open(const Model *m) {
     } else d.table = d.owned = allocate_lazily(size);
     for (int i = 0; i < 2; i++)                // until it is known better, the table is believed
         for (int class = 0; class < CLASSES; class++) {
-            d.tries[i][class] = MOST_TRIES / 16.0;
+            d.tries[i][class] = MOST_TRIES / 64.0;
             d.hits[i][class] = d.tries[i][class] * (class + 0.5) / CLASSES;
         }
     return d;
@@ -2376,11 +2376,12 @@ static void plan_prefill(Scheduler *s, int room) {
 }
 
 // What one row more adds to a pass, in seconds. Until passes of several sizes were seen it is thought to cost what it
-// does where memory is the limit: little.
+// does where memory is the limit: little. It never costs nothing: its logits and its draw are work too.
 static double row_seconds(const Pace *p) {
-    enum { FREE_ROWS = 32 };
+    enum { FREE_ROWS = 32, MOST_FREE_ROWS = 48 };
     double usual = p->seconds / (p->rows + FREE_ROWS), most = p->seconds / p->rows;
-    return fmin(fmax((p->covariance + usual) / (p->variance + 1), 0), most);
+    double least = p->seconds / (p->rows + MOST_FREE_ROWS);
+    return fmin(fmax((p->covariance + usual) / (p->variance + 1), least), most);
 }
 
 // What a pass of n rows took becomes part of the pace.

@@ -25,7 +25,8 @@ class Resident:
     """A kl3m that answers line by line, so that nothing but its passes is timed."""
 
     def __init__(self, model, new_tokens):
-        self.process = subprocess.Popen([KL3M, "-m", model, "-t", "0", "-n", str(new_tokens), "--ignore-eos", "--no-echo"],
+        self.process = subprocess.Popen([KL3M, "-m", model, "-t", "0", "-n", str(new_tokens), "--ignore-eos", "--no-echo",
+                                         "--no-speculation"],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def seconds(self, prompt):

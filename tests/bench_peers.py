@@ -541,8 +541,8 @@ class DecodeMany(Decode):
 
 
 class DecodeText:
-    """What guesses are worth on text that people wrote, with no table to begin with. The peer has one token a pass, whatever
-    the text is."""
+    """What guesses are worth on text that people wrote and Debian has, with no table to begin with. The peer has one token a
+    pass, whatever the text is."""
     title, unit, slow, passes = "decode legal text, with guesses", "tokens/s", True, 32
     settings = {"transformers": [], "ct2": []}
     text, line, prompt_part = Path("/usr/share/common-licenses/GPL-3"), 1600, 1300       # characters

@@ -60,6 +60,7 @@ def _():
     how = ["CC=%s" % (os.environ.get("CC") or "cc"), "CFLAGS=-O1", "PYTHON=%s" % sys.executable]
     expect(run_make("-s", *how, "demo", cwd=checkout()), shown.split("\n", 1)[1])
     expect(run_make(*how, "demo", cwd=checkout()), shown, "the second time nothing is built")
+    assert "\nguesses       a table" in run_kl3m("-m", checkout() / "demo.bin", "--info").text
 
 
 @test("make install puts program and model under PREFIX below DESTDIR, where the program finds it, and uninstall removes both")

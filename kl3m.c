@@ -929,23 +929,27 @@ static const Kernels NAME(kernels) = {
 #ifndef KIND
 // ---- 5. Threads ----
 // One verb: parallel(pieces, run, arg) calls run(arg, piece, thread) once for each piece and returns when all are
-// done. Pieces are taken, not dealt out, so fast and slow cores finish together: first many at once, since a thread
-// walks through pieces that lie side by side faster than through every second one, then fewer and fewer (guided
-// self-scheduling, Polychronopoulos and Kuck 1987). A worker that comes late, or never because another process has its
-// core, holds up nobody unless it is in the middle of its pieces. Workers that wait spin for a moment, then sleep. The
-// calling thread is thread 0 and works too.
+// done. Each thread is dealt pieces that lie side by side, since it walks through those fastest, and takes them from the
+// first on; one that has none left takes another's, from the last on (work stealing, Blumofe and Leiserson 1999). So
+// fast and slow cores finish together, and a worker that comes late, or never because another process has its core,
+// holds up nobody unless it is in the middle of a piece. Workers that wait spin for a moment, then sleep. The calling
+// thread is thread 0 and works too.
 
 typedef void (*Run)(void *arg, int piece, int thread);
+
+// The pieces first .. end - 1 that are left of a thread's, as end << 32 | first; on a cache line of its own.
+typedef struct { _Alignas(64) _Atomic uint64_t pieces; } Range;
 
 static struct {
     int threads;
     pthread_t *workers;                // [threads - 1]
-    // ticket = round << 32 | next piece. A worker reads it, then the round's job, then takes pieces by a
-    // compare-and-swap, which fails if the round has changed in between.
-    _Atomic uint64_t ticket;
+    Range *ranges;                     // [threads]
+    // The job. Only who has taken a piece of it reads it, and it changes only when all its pieces are done: so a worker
+    // that was away between its look at a range and a compare-and-swap that succeeds has a piece of the job as it is now.
     _Atomic(Run) run;
     _Atomic(void *) arg;
-    atomic_int pieces, done;
+    atomic_int done;
+    atomic_uint round;                 // counts jobs
     atomic_int sleepers;
     atomic_bool over;
     pthread_mutex_t lock;
@@ -959,30 +963,39 @@ static void pause_a_moment(int spins) {
     if (spins % 256 == 255) sched_yield();    // another process, or a thread of ours, may want this core
 }
 
-// Takes pieces of the current round until there are none. Returns the ticket that said so.
-static uint64_t work(int thread) {
-    for (;;) {
-        uint64_t ticket = atomic_load(&pool.ticket);
-        Run run = atomic_load(&pool.run);
-        void *arg = atomic_load(&pool.arg);
-        int piece = (int)(uint32_t)ticket, left = atomic_load(&pool.pieces) - piece;
-        if (left <= 0) return ticket;
-        int taken = left / (2 * pool.threads) + 1;
-        if (!atomic_compare_exchange_weak(&pool.ticket, &ticket, ticket + (uint64_t)taken)) continue;
-        for (int i = 0; i < taken; i++) run(arg, piece + i, thread);
-        atomic_fetch_add(&pool.done, taken);
+static uint64_t range_of(int first, int end) { return (uint64_t)end << 32 | (uint32_t)first; }
+
+// Takes the first piece of a thread's own range, or the last one of another's. False: nobody has any left.
+static bool take_piece(int thread, int *piece) {
+    for (int i = 0; i < pool.threads;) {
+        Range *range = &pool.ranges[(thread + i) % pool.threads];
+        uint64_t seen = atomic_load(&range->pieces);
+        int first = (int)(uint32_t)seen, end = (int)(seen >> 32);
+        *piece = i == 0 ? first : end - 1;
+        if (first == end) i++;
+        else if (atomic_compare_exchange_weak(&range->pieces, &seen, i == 0 ? range_of(first + 1, end)
+                                                                             : range_of(first, end - 1))) return true;
+    }
+    return false;
+}
+
+static void work(int thread) {
+    for (int piece; take_piece(thread, &piece);) {
+        atomic_load(&pool.run)(atomic_load(&pool.arg), piece, thread);
+        atomic_fetch_add(&pool.done, 1);
     }
 }
 
 static void *worker(void *number) {
     while (!atomic_load(&pool.over)) {
-        uint64_t seen = work((int)(intptr_t)number);
+        unsigned seen = atomic_load(&pool.round);
+        work((int)(intptr_t)number);
         int spins = 0;
-        while (spins < SPINS && atomic_load(&pool.ticket) == seen && !atomic_load(&pool.over)) pause_a_moment(spins++);
+        while (spins < SPINS && atomic_load(&pool.round) == seen && !atomic_load(&pool.over)) pause_a_moment(spins++);
         if (spins < SPINS) continue;
         pthread_mutex_lock(&pool.lock);
         atomic_fetch_add(&pool.sleepers, 1);
-        while (atomic_load(&pool.ticket) == seen && !atomic_load(&pool.over)) pthread_cond_wait(&pool.wake, &pool.lock);
+        while (atomic_load(&pool.round) == seen && !atomic_load(&pool.over)) pthread_cond_wait(&pool.wake, &pool.lock);
         atomic_fetch_sub(&pool.sleepers, 1);
         pthread_mutex_unlock(&pool.lock);
     }
@@ -1001,14 +1014,13 @@ static void parallel(int pieces, Run run, void *arg) {
         run(arg, 0, 0);
         return;
     }
-    uint64_t round = (atomic_load(&pool.ticket) >> 32) + 1;
-    // While the job changes, the ticket says that there is nothing to take.
-    atomic_store(&pool.ticket, round << 32 | INT_MAX);
     atomic_store(&pool.run, run);
     atomic_store(&pool.arg, arg);
-    atomic_store(&pool.pieces, pieces);
     atomic_store(&pool.done, 0);
-    atomic_store(&pool.ticket, (round + 1) << 32);
+    for (int i = 0; i < pool.threads; i++)
+        atomic_store(&pool.ranges[i].pieces, range_of((int)((long)pieces * i / pool.threads),
+                                                      (int)((long)pieces * (i + 1) / pool.threads)));
+    atomic_fetch_add(&pool.round, 1);
     if (pool.threads > 1) wake_workers();
     work(0);
     for (int spins = 0; atomic_load(&pool.done) < pieces; spins++) pause_a_moment(spins);
@@ -1020,10 +1032,12 @@ static void threads_start(int threads) {
     sigemptyset(&stops);
     for (size_t i = 0; i < sizeof stop_signals / sizeof *stop_signals; i++) sigaddset(&stops, stop_signals[i]);
     pthread_sigmask(SIG_BLOCK, &stops, &before);
-    atomic_store(&pool.ticket, INT_MAX);
-    for (pool.threads = 1; pool.threads < threads; pool.threads++) {
-        int error = pthread_create(&workers[pool.threads - 1], NULL, worker, (void *)(intptr_t)pool.threads);
-        if (error) die("cannot start thread %d: %s; a smaller -j needs fewer", pool.threads + 1, strerror(error));
+    pool.ranges = allocate_raw((size_t)threads, sizeof *pool.ranges, 64);
+    for (int i = 0; i < threads; i++) atomic_init(&pool.ranges[i].pieces, 0);
+    pool.threads = threads;
+    for (int i = 1; i < threads; i++) {
+        int error = pthread_create(&workers[i - 1], NULL, worker, (void *)(intptr_t)i);
+        if (error) die("cannot start thread %d: %s; a smaller -j needs fewer", i + 1, strerror(error));
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
@@ -1033,6 +1047,7 @@ static void threads_stop(void) {
     wake_workers();
     for (int i = 0; i < pool.threads - 1; i++) pthread_join(pool.workers[i], NULL);
     free(pool.workers);
+    free(pool.ranges);
     pool.threads = 1;
     atomic_store(&pool.over, false);
 }

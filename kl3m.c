@@ -1766,7 +1766,13 @@ static int by_rank(const void *a, const void *b) { return better(a, b) ? -1 : be
 static int take_top(const float *logits, int n, long k, Candidate *heap) {
     int size = 0;
     for (int id = 0; id < n; id++) {
-        if (size == k && logits[id] <= heap[0].logit) continue;
+        while (size == k && id + BLOCK <= n) { // sixteen at a time, which compilers make vectors of: mostly none is good
+            int good = 0;
+            for (int j = 0; j < BLOCK; j++) good |= logits[id + j] > heap[0].logit;
+            if (good) break;
+            id += BLOCK;
+        }
+        if (id == n || (size == k && logits[id] <= heap[0].logit)) continue;
         Candidate new = { .logit = logits[id], .id = (uint32_t)id };
         int i;
         if (size < k) {                        // a leaf more: up from there

@@ -785,35 +785,36 @@ static TARGET float NAME(fold)(float *s) {
 }
 
 // y = (x - mean) / sqrt(variance + eps) * weight + bias over the n columns of each row (Ba et al. 2016). x and y are
-// tiles; columns from n on, up to a multiple of PAIR, come out as 0. All rows advance together, so memory is read in its
-// order, and what will be written is asked for early, since other cores hold it (measured, 48 rows on two cores: row by
-// row took 2.5 times as long).
+// tiles; columns from n on, up to a multiple of PAIR, come out as 0.
 static TARGET void NAME(layer_norm)(int rows, int n, float eps, const float *x, const float *weight, const float *bias,
                                     float *y) {
     static const float ones[2 * BLOCK] = { 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 };
-    float sums[BLOCK_FLOATS] = {0}, squares[BLOCK_FLOATS] = {0}, mean[TILE], scale[TILE];
     int blocks = (n + PAIR - 1) / PAIR * 2;
-    for (int b = 0; b < blocks; b++)
-        for (int i = 0; i < rows * BLOCK; i += LANES) {
-            __builtin_prefetch(y + b * BLOCK_FLOATS + i, 1);
-            STORE(sums + i, LOAD(sums + i) + LOAD(x + b * BLOCK_FLOATS + i));
+    for (int r = 0; r < rows; r++, x += BLOCK, y += BLOCK) {
+        float sum[BLOCK] = {0}, squares[BLOCK] = {0};
+        for (int lane = 0; lane < BLOCK; lane += LANES) {
+            vec s = {0};
+            for (int b = 0; b < blocks; b++) s += LOAD(x + b * BLOCK_FLOATS + lane);
+            STORE(sum + lane, s);
         }
-    for (int r = 0; r < rows; r++) mean[r] = NAME(fold)(sums + r * BLOCK) / (float)n;
-    for (int b = 0; b < blocks; b++) {
-        int left = n - b * BLOCK, skip = left >= BLOCK ? 0 : left > 0 ? BLOCK - left : BLOCK;
-        for (int i = 0; i < rows * BLOCK; i += LANES) {
-            vec d = (LOAD(x + b * BLOCK_FLOATS + i) - SPLAT(mean[i / BLOCK])) * LOAD(ones + skip + i % BLOCK);
-            STORE(y + b * BLOCK_FLOATS + i, d);
-            STORE(squares + i, FMA(d, d, LOAD(squares + i)));
+        float mean = NAME(fold)(sum) / (float)n;
+        for (int lane = 0; lane < BLOCK; lane += LANES) {
+            vec s = {0};
+            for (int b = 0; b < blocks; b++) {
+                int left = n - b * BLOCK, skip = left >= BLOCK ? 0 : left > 0 ? BLOCK - left : BLOCK;
+                vec d = (LOAD(x + b * BLOCK_FLOATS + lane) - SPLAT(mean)) * LOAD(ones + skip + lane);
+                STORE(y + b * BLOCK_FLOATS + lane, d);
+                s = FMA(d, d, s);
+            }
+            STORE(squares + lane, s);
         }
+        float scale = 1.0f / sqrtf(NAME(fold)(squares) / (float)n + eps);
+        for (int b = 0; b < blocks; b++)
+            for (int lane = 0; lane < BLOCK; lane += LANES) {
+                float *at = y + b * BLOCK_FLOATS + lane;
+                STORE(at, FMA(LOAD(at) * SPLAT(scale), LOAD(weight + b * BLOCK + lane), LOAD(bias + b * BLOCK + lane)));
+            }
     }
-    for (int r = 0; r < rows; r++) scale[r] = 1.0f / sqrtf(NAME(fold)(squares + r * BLOCK) / (float)n + eps);
-    for (int b = 0; b < blocks; b++)
-        for (int i = 0; i < rows * BLOCK; i += LANES) {
-            int column = b * BLOCK + i % BLOCK;
-            float *at = y + b * BLOCK_FLOATS + i;
-            STORE(at, FMA(LOAD(at) * SPLAT(scale[i / BLOCK]), LOAD(weight + column), LOAD(bias + column)));
-        }
 }
 
 // scores[j] = e^(scores[j] - largest) for one row of a tile, j < keys; the rest of the last block becomes 0. Returns
@@ -1383,15 +1384,6 @@ static void multiply_piece(const LinearJob *job, int piece, const Soon *soon) {
     for (; pair >= pairs_of(l); l++) pair -= pairs_of(l);
     if (tiles > GROUP) tiles = GROUP;
 
-    // What will be written is asked for early, since other cores hold it (measured: 1% of a pass of 48 rows).
-    long row_stride = l->row_major ? l->columns : BLOCK, block_stride = l->row_major ? BLOCK : BLOCK_FLOATS;
-    long out[GROUP];
-    for (int tile = 0; tile < tiles; tile++) {
-        out[tile] = tile_at(first_tile + tile, l->columns) + (long)pair * 2 * block_stride;
-        for (int i = 0; i < 2 * rows_in_tile(job->rows, first_tile + tile); i++)
-            __builtin_prefetch(l->out + out[tile] + i % 2 * block_stride + i / 2 * row_stride, 1);
-    }
-
     float c[GROUP][2 * BLOCK_FLOATS] __attribute__((aligned(64)));
     for (int i = 0; i < l->n_terms; i++) {
         bool last = i + 1 == l->n_terms;
@@ -1401,10 +1393,12 @@ static void multiply_piece(const LinearJob *job, int piece, const Soon *soon) {
     const float *bias[2] = { NULL, NULL };
     for (int i = 0; i < l->n_terms; i++)
         if (l->terms[i].bias) bias[i] = l->terms[i].bias + pair * PAIR;
-    for (int tile = 0; tile < tiles; tile++)
+    for (int tile = 0; tile < tiles; tile++) {
+        long at = tile_at(first_tile + tile, l->columns) + (long)pair * (l->row_major ? PAIR : 2 * BLOCK_FLOATS);
         job->w->kernels->finish(rows_in_tile(job->rows, first_tile + tile), c[tile], bias[0], bias[1],
-                                l->residual ? l->residual + out[tile] : NULL, l->gelu, l->out + out[tile], row_stride,
-                                block_stride);
+                                l->residual ? l->residual + at : NULL, l->gelu, l->out + at,
+                                l->row_major ? l->columns : BLOCK, l->row_major ? BLOCK : BLOCK_FLOATS);
+    }
 }
 
 static void linear_piece(void *arg, int piece, int thread) {

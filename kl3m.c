@@ -940,6 +940,8 @@ typedef void (*Run)(void *arg, int piece, int thread);
 // The pieces first .. end - 1 that are left of a thread's, as end << 32 | first; on a cache line of its own.
 typedef struct { _Alignas(64) _Atomic uint64_t pieces; } Range;
 
+static Range only_range;               // the calling thread's, until there are workers
+
 static struct {
     int threads;
     pthread_t *workers;                // [threads - 1]
@@ -954,7 +956,7 @@ static struct {
     atomic_bool over;
     pthread_mutex_t lock;
     pthread_cond_t wake;
-} pool = { .threads = 1, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
+} pool = { .threads = 1, .ranges = &only_range, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
 
 enum { SPINS = 4000 };                 // some 50 to 100 microseconds, longer than the gap between two steps of a pass
 
@@ -980,10 +982,9 @@ static bool take_piece(int thread, int *piece) {
 }
 
 static void work(int thread) {
-    for (int piece; take_piece(thread, &piece);) {
-        atomic_load(&pool.run)(atomic_load(&pool.arg), piece, thread);
-        atomic_fetch_add(&pool.done, 1);
-    }
+    int done = 0;
+    for (int piece; take_piece(thread, &piece); done++) atomic_load(&pool.run)(atomic_load(&pool.arg), piece, thread);
+    atomic_fetch_add(&pool.done, done);
 }
 
 static void *worker(void *number) {
@@ -1048,6 +1049,7 @@ static void threads_stop(void) {
     for (int i = 0; i < pool.threads - 1; i++) pthread_join(pool.workers[i], NULL);
     free(pool.workers);
     free(pool.ranges);
+    pool.ranges = &only_range;
     pool.threads = 1;
     atomic_store(&pool.over, false);
 }
@@ -1412,7 +1414,7 @@ static LinearJob linear_job(const Work *w, const Linear *layers, int n_layers, i
     return job;
 }
 
-// A linear layer of one term; with `from` and `n` multiples of PAIR, only its outputs from .. from + n - 1.
+// A linear layer of one term: all its outputs (from 0 on, n of them), or some, in tiles: `from` and `n` multiples of PAIR.
 static Linear outputs_of(Term term, float *out, int columns, int from, int n) {
     term.weights = panels_of(&term, from / PAIR);
     if (term.bias) term.bias += from;
@@ -1482,12 +1484,12 @@ static void store_span(const Work *w, const Span *span, int head) {
 }
 
 // Some kv heads of all spans: [spans][n] pieces.
-typedef struct { Work *w; int first, n; } Heads;
+typedef struct { Work *w; int first, n; } KvHeads;
 
 // Piece: a kv head of a span.
 static void store_piece(void *arg, int piece, int thread) {
     (void)thread;
-    const Heads *heads = arg;
+    const KvHeads *heads = arg;
     const Span *span = &heads->w->spans[piece / heads->n];
     if (!span->alone) store_span(heads->w, span, heads->first + piece % heads->n);
 }
@@ -1501,7 +1503,7 @@ static int in_page(int n, int p) {
 // Piece: a kv head of a span. out = softmax(q k^T / sqrt(head size)) v over positions 0 .. the row's own, in their
 // order. A side guess finds those of all other positions where they belong, and its own in its place behind them.
 static void attention_piece(void *arg, int piece, int thread) {
-    const Heads *heads = arg;
+    const KvHeads *heads = arg;
     const Work *w = heads->w;
     const Config *c = &w->m->c;
     const Kernels *kernels = w->kernels;
@@ -1573,7 +1575,7 @@ static void attention_piece(void *arg, int piece, int thread) {
                                BLOCK_FLOATS);
 }
 
-typedef struct { LinearJob linear; Heads heads; int attentions; } BesideJob;
+typedef struct { LinearJob linear; KvHeads heads; int attentions; } BesideJob;
 
 // Piece: one of a linear layer and its share of the attention's, whose keys and values are fetched during the products:
 // those wait for the processor, attention for memory.
@@ -1598,6 +1600,11 @@ static void beside_piece(void *arg, int piece, int thread) {
     for (int i = from; i < to; i++) attention_piece(&job->heads, i, thread);
 }
 
+static void beside(const Linear *layers, int n_layers, KvHeads heads) {
+    BesideJob job = { linear_job(heads.w, layers, n_layers, heads.w->n), heads, heads.w->n_spans * heads.n };
+    parallel(job.linear.pieces, beside_piece, &job);
+}
+
 // Cuts the pass into spans: rows of one sequence, TILE slots at a time.
 static void find_spans(Work *w) {
     int sharing = w->m->c.heads / w->m->c.kv_heads;
@@ -1616,16 +1623,17 @@ static void find_spans(Work *w) {
 
 // From the norms of x to what attention gives, and to the MLP's up-projection if it reads the same x (`up`; NULL: not).
 // With many sequences in three steps: the first half of the heads is computed; beside the second half's products stands
-// attention of the first, beside the up-projection that of the second (measured: with 8 sequences 3% slower than one
-// after the other, with 12 the same, with 16 and 20 4 and 5% faster, with 48 5 to
-// 13%).
+// attention of the first, beside the up-projection that of the second. For that the halves must share no pair of panels,
+// and there must be pieces enough for all threads. Measured against one after the other, on two cores: 8 sequences 3%
+// slower, 12 the same, 16 and 20 4 and 5% faster, 48 5 to 13%.
 static void attend(Work *w, const Linear *up) {
     const Config *c = &w->m->c;
     const Layer *l = &w->m->layers[w->layer];
     Term normed = { w->normed1, l->qkv, l->qkv_bias, c->hidden };
-    int columns = padded(c->qkv), half = c->kv_heads / 2;
-    bool many = up && w->n_sequences > TILE && c->kv_heads % 2 == 0 && half * c->head_size % PAIR == 0;
-    Heads heads = { w, 0, c->kv_heads };
+    int columns = padded(c->qkv), q = c->q / 2, kv = c->kv / 2, half = c->kv_heads / 2;
+    bool apart = c->kv_heads % 2 == 0 && kv % PAIR == 0;
+    bool many = up && apart && w->n_sequences > TILE && (q + 2 * kv) / PAIR >= 2 * pool.threads;
+    KvHeads heads = { w, 0, c->kv_heads };
     if (!many) {
         Linear layers[2] = { outputs_of(normed, w->qkv, columns, 0, c->qkv) };
         if (up) layers[1] = *up;
@@ -1635,16 +1643,15 @@ static void attend(Work *w, const Linear *up) {
         return;
     }
     heads.n = 0;
-    for (int step = 0; step < 3; step++) {
-        int q = c->q / 2, kv = c->kv / 2, first[3] = { step * q, c->q + step * kv, c->q + c->kv + step * kv };
-        Linear parts[3];
-        for (int i = 0; step < 2 && i < 3; i++) parts[i] = outputs_of(normed, w->qkv, columns, first[i], i == 0 ? q : kv);
-        BesideJob beside = { step < 2 ? linear_job(w, parts, 3, w->n) : linear_job(w, up, 1, w->n), heads,
-                             w->n_spans * heads.n };
-        parallel(beside.linear.pieces, beside_piece, &beside);
-        heads = (Heads){ w, step * half, half };
-        if (w->split && step < 2) parallel(w->n_spans * half, store_piece, &heads);
+    for (int part = 0; part < 2; part++) {
+        Linear layers[3] = { outputs_of(normed, w->qkv, columns, part * q, q),
+                             outputs_of(normed, w->qkv, columns, c->q + part * kv, kv),
+                             outputs_of(normed, w->qkv, columns, c->q + c->kv + part * kv, kv) };
+        beside(layers, 3, heads);
+        heads = (KvHeads){ w, part * half, half };
+        if (w->split) parallel(w->n_spans * half, store_piece, &heads);
     }
+    beside(up, 1, heads);
 }
 
 // Runs n rows, 1 <= n <= max_rows, through the model: writes their keys and values, whose pages the caller has
@@ -1766,7 +1773,8 @@ static int take_top(const float *logits, int n, long k, Candidate *heap) {
             if (good) break;
             id += BLOCK;
         }
-        if (id == n || (size == k && logits[id] <= heap[0].logit)) continue;
+        if (id == n) break;
+        if (size == k && logits[id] <= heap[0].logit) continue;
         Candidate new = { .logit = logits[id], .id = (uint32_t)id };
         int i;
         if (size < k) {                        // a leaf more: up from there

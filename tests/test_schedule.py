@@ -76,6 +76,18 @@ def _():
     expect(b"".join(line + b"\n" for line in three.split(b"\n")[:-1:3]), alone)
 
 
+@test("so do grouped-query models and others whose attention stands beside the products, split prompts and guesses too")
+def _():
+    prompts = random_prompts(40, 3)
+    for heads, shape in [(8, {}), (32, {"n_kv": 4})]:      # of 16 columns: each half of them fills pairs of panels
+        args = ["-m", small_model(hidden_size=16 * heads, num_attention_heads=heads, max_position_embeddings=640, **shape),
+                "-s", 5, "-n", 24, "-t", 0.1]
+        want = run_kl3m(*args, "-b", 1, "-j", 1, "--no-speculation", input=lines(prompts)).out
+        expect(want.count(b"\n"), 40)
+        for more in (["-b", 40, "-j", 1, "--rows", 300], ["-b", 30, "-j", 3], ["-b", 16, "-j", 2, "--no-speculation"]):
+            expect(run_kl3m(*args, *more, input=lines(prompts)).out, want, (heads, more))
+
+
 @test("a beginning that prompts have in common is computed once, whether they run together or one after the other")
 def _():
     start = LEGAL_TEXT[:500]

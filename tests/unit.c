@@ -44,6 +44,22 @@ static void check_kernels(const Kernels *k) {
         worst(out[0], exact, fabs(x) < 1 ? 1 : fabs(x));
     }
     say(k->name, "GELU, absolute or relative to |x|", 1.2e-7);
+    // Of n numbers the largest of every 16th, 256 at a time; and with one that is not finite among them.
+    static const float broken[] = { INFINITY, -INFINITY, NAN };
+    for (int n = 1; n <= 1100; n++) {
+        float x[1100], most[80];
+        for (int i = 0; i < n; i++) x[i] = (float)(100 * sin(i * i + n));
+        bool finite = k->survey(n, x, most);
+        worst(finite, true, 1);
+        for (int i = 0; i < (n + 255) / 256 * 16; i++) {
+            float largest = -INFINITY;
+            for (int j = i / 16 * 256 + i % 16; j < n && j < i / 16 * 256 + 256; j += 16) largest = fmaxf(largest, x[j]);
+            worst(most[i] == largest, true, 1);
+        }
+        x[n * 7 % 13 * n / 13] = broken[n % 3];
+        worst(k->survey(n, x, most), false, 1);
+    }
+    say(k->name, "the largest of many, and whether all are finite", 0);
     // A norm over 29 columns of 3 rows, with weights and biases.
     for (int n = 1; n <= 32; n++) {
         float weight[PAIR] = {0}, bias[PAIR] = {0};
@@ -167,16 +183,18 @@ static int print_distributions(void) {
         int n = (int)head[5], n_history = (int)head[6];
         float *logits = allocate((size_t)n, sizeof *logits), *penalized = allocate((size_t)n, sizeof *logits);
         uint32_t *history = allocate((size_t)n_history, sizeof *history);
-        Candidate *candidates = allocate((size_t)n, sizeof *candidates);
+        SamplingScratch scratch = sampling_open(choose_kernels(NULL), n);
         if (fread(logits, sizeof *logits, (size_t)n, stdin) != (size_t)n ||
             fread(history, sizeof *history, (size_t)n_history, stdin) != (size_t)n_history) return 1;
         memcpy(penalized, logits, (size_t)n * sizeof *logits);
         if (s.penalty != 1) penalize(logits, n, history, n_history, s.penalty, penalized);
         double total;
-        int count = distribution(&s, penalized, n, candidates, &total);
-        for (int i = 0; i < count; i++) printf("%s%u %.17g", i ? " " : "", candidates[i].id, candidates[i].weight / total);
+        survey_logits(&scratch, penalized, n);
+        int count = distribution(&s, penalized, n, &scratch, &total);
+        for (int i = 0; i < count; i++) printf("%s%u %.17g", i ? " " : "", scratch.candidates[i].id,
+                                               scratch.candidates[i].weight / total);
         printf("\n");
-        free(logits), free(penalized), free(history), free(candidates);
+        free(logits), free(penalized), free(history), sampling_close(&scratch);
     }
     return 0;
 }

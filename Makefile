@@ -39,6 +39,11 @@ test: $(OUT)
 bench: $(OUT) $(MODEL)
 	./$(OUT) -m $(MODEL) --bench
 
+# The same for a file of 1,000 short prompts: a minute or two.
+bench-prompts: $(OUT) $(MODEL)
+	$(CC) $(CFLAGS) $(NEEDED) -o tests/bench_prompts tests/bench_prompts.c tokenizer.c $(LDFLAGS) -lm
+	tests/bench_prompts $(MODEL)
+
 # The model goes along if it is here.
 install: $(OUT)
 	install -d "$(DESTDIR)$(PREFIX)/bin"
@@ -52,8 +57,8 @@ uninstall:
 
 # What was downloaded stays: $(MODEL) is removed by hand.
 clean:
-	rm -f $(OUT) demo.bin
+	rm -f $(OUT) demo.bin tests/bench_prompts
 
 # A break while the table is made leaves the model as it was, and make need not remove it.
 .PRECIOUS: demo.bin $(MODEL)
-.PHONY: demo model test bench install uninstall clean
+.PHONY: demo model test bench bench-prompts install uninstall clean

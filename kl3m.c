@@ -3632,6 +3632,7 @@ static const char bench_prompt[] = "Governing Law.\nThis Agreement";
 enum { WINDOWS = 15, READ_FLOATS = 65536, PEAK_PIECES = 16, PEAK_STEPS = 50000, BAR = 24 };
 
 typedef struct { double bandwidth, peak; } Limits;     // bytes and floating-point operations a second
+typedef struct { double bytes, operations; } Needs;
 
 typedef struct {
     const char *title;         // with a %d for the tokens of a prompt or of the context
@@ -3689,14 +3690,21 @@ static Limits measure_limits(Bench *b, int positions, bool all) {
     return (Limits){ 4 * floats / halves[0].taken, flops / halves[1].taken };
 }
 
+// What must be read and computed for some rows: bytes, if they are one pass (logits: how many rows want them; kept: the
+// positions whose keys and values are read), and floating-point operations (seen: the positions that each row attends to,
+// summed up).
+static Needs needs_of(const Config *c, double rows, double logits, double kept, double seen) {
+    double layers = (double)c->layers * c->hidden * (c->qkv + c->q + 2.0 * c->intermediate);
+    double table = (double)c->vocab * c->hidden;
+    return (Needs){ 4 * (layers + (logits > 0 ? table : 0) + 2.0 * c->layers * c->kv * kept),
+                    2 * (rows * layers + logits * table + 2 * seen * c->layers * c->q) };
+}
+
 // Seconds that a pass takes at least: rows from position `from` on of each of some sequences, and so many logits rows.
 static double roofline(const Config *c, Limits l, int sequences, int from, int rows, int logits) {
-    double layers = (double)c->layers * c->hidden * (c->qkv + c->q + 2.0 * c->intermediate);
-    double table = (double)c->vocab * c->hidden, keys_and_values = 2.0 * c->layers * c->kv * sequences * (from + rows);
-    double n = (double)sequences * rows, seen = n * (from + (rows + 1) / 2.0);
-    double bytes = 4 * (layers + (logits ? table : 0) + keys_and_values);
-    double flops = 2 * (n * layers + logits * table + seen * 2 * c->layers * c->q);
-    return fmax(bytes / l.bandwidth, flops / l.peak);
+    double n = (double)sequences * rows;
+    Needs needs = needs_of(c, n, logits, (double)sequences * (from + rows), n * (from + (rows + 1) / 2.0));
+    return fmax(needs.bytes / l.bandwidth, needs.operations / l.peak);
 }
 
 // The passes of one window from position `from` on: runs them, or with limits says how long they take at least.

@@ -524,20 +524,39 @@ class Decode:
         return self.prompts.new(1, self.sequences)
 
     def ours(self, prompt):
-        return self.sequences * self.passes / self.program.ask([text for text, _ in prompt])[0]
+        return len(prompt) * self.passes / self.program.ask([text for text, _ in prompt])[0]
 
     def theirs(self, peer, prompt):
         first = [ids[0] for _, ids in prompt]
-        return self.sequences * self.passes / peer.ask("decode", context=[], first=first, count=self.passes)[0]
+        return len(prompt) * self.passes / peer.ask("decode", context=[], first=first, count=self.passes)[0]
 
     def end(self):
         self.program.end()
 
 
 class DecodeMany(Decode):
-    """kl3m's usual batch, beyond which it gains little."""
-    slow = True
+    """kl3m with its usual batch, beyond which it gains little; each peer with the one of these that it is fastest with."""
+    unit, slow, batches = "tokens/s", True, (16, 48, 96)
     settings = {"transformers": ["static cache"], "llama": ["flash attention"], "ct2": ["MKL"]}
+
+    def __init__(self, sequences, passes):
+        super().__init__(sequences, passes)
+        self.title, self.best = "decode, as many sequences together as pay off", {}
+
+    def prompt(self):
+        return self.prompts.new(1, max(self.batches))
+
+    def ours(self, prompt):
+        return super().ours(prompt[:self.sequences])
+
+    def theirs(self, peer, prompt):
+        if peer.name not in self.best:
+            tried = super().theirs
+            found = {count: max(tried(peer, prompt[:count]) for _ in range(2)) for count in self.batches}
+            self.best[peer.name] = max(found, key=found.get)
+            say("%s, %s sequences together: %s tokens/s" % (peer.title, ", ".join(map(str, found)),
+                                                           ", ".join(map(shown, found.values()))))
+        return super().theirs(peer, prompt[:self.best[peer.name]])
 
 
 class DecodeText:

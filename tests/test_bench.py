@@ -1,11 +1,12 @@
 """--bench: that it measures what it says and says it in order. How fast anything is, no test asks."""
 import json
+import os
 import re
 import signal
 import subprocess
 import time
 
-from harness import KL3M, expect, run_kl3m, small_model, test
+from harness import KL3M, ROOT, expect, run_kl3m, small_model, test, tmpdir
 from test_unit import run_unit
 
 WORKS = ["decode", "decode at position 240", "prefill of 32 tokens", "prefill of 240 tokens",
@@ -63,3 +64,16 @@ def _():
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=20)
     expect((child.returncode, out, err), (130, b"", b""))
+
+
+@test("make bench-prompts runs all prompts with all their tokens, and holds them to limits measured meanwhile")
+def _():
+    out = tmpdir() / "bench_prompts"
+    subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O2", "-ffp-contract=off", "-pthread", "-o", str(out),
+                    str(ROOT / "tests" / "bench_prompts.c"), str(ROOT / "tokenizer.c"), "-lm"], check=True, cwd=ROOT)
+    found = subprocess.run([str(out), str(model()), "60", "9"], stdout=subprocess.PIPE, check=True, timeout=100).stdout.decode()
+    assert re.match(r"60 prompts, 540 new tokens, \d+ passes in [\d.]+ s, [\d.]+ tokens/s, ", found), found
+    shares = [float(share) for share in re.findall(r"needed +([\d.]+)%", found)]
+    assert len(shares) == 2 and max(shares) > 0, found
+    assert re.search(r"^share of the roofline +%s%%$" % max(shares), found, flags=re.M), found
+    assert re.search(r"^one at a time +[\d.]+ tokens/s without guesses; together [\d.]+ times as fast$", found, flags=re.M), found

@@ -25,6 +25,7 @@ SHAPES = {
     "serial residual, grouped-query, three layers": {
         "use_parallel_residual": False, "n_kv": 2, "num_hidden_layers": 3, "intermediate_size": 97},
     "one head of 33, hidden size 33": {"hidden_size": 33, "num_attention_heads": 1, "rotary_pct": 0.25},
+    "two heads of 80": {"hidden_size": 160, "num_attention_heads": 2, "num_hidden_layers": 1, "rotary_pct": 0.25},
     "rotary base 100.5": {"rotary_emb_base": 100.5, "rotary_pct": 1.0},
     "norm epsilon 0.1": {"layer_norm_eps": 0.1},
 }
@@ -189,6 +190,11 @@ def _():
     check_same(want, [([], env, None) for env in environments])
     check_same(want, [(j + n, env, None) for j, n, env in itertools.product(
         threads[::2], passes[::3] + [["--rows", 12]], environments)])
+    # Heads of five and more panels, a query alone in its pass: other ways through the kernels.
+    heads = small_model(hidden_size=160, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=320)
+    want = logits(heads, LONG_TEXT)
+    for n, env in itertools.product(passes[:3], environments):
+        assert logits(heads, LONG_TEXT, *n, env=env) == want, (n, env)
 
 
 @test("a row of logits does not depend on the tokens after it")

@@ -66,6 +66,27 @@ def _():
     expect(cook(place, recipe("parallel ")), (0, texts))
 
 
+# In place of ssh: a host that is this one, where a login begins in a folder of its own.
+HOST = """#!/bin/sh
+while [ "$1" != -- ]; do shift; done
+shift
+echo login >>'{place}/logins'
+mkdir -p '{place}/home' && cd '{place}/home' && exec sh -c "$*"
+"""
+
+
+@test("with --sshlogin, as README adds it, the parts run on other hosts, and the bytes are those of one process")
+def _():
+    need("parallel")
+    added = re.search(r"add `(--sshlogin [^`]*)`", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    place = kitchen(lines([p[:60] for p in random_prompts(1000, 7)]))
+    (place / "ssh").write_text(HOST.format(place=place))
+    (place / "ssh").chmod(0o755)
+    command = recipe("parallel ").replace("parallel ", "PARALLEL_SSH='%s' parallel %s " % (place / "ssh", added), 1)
+    expect(cook(place, command), alone(place))
+    assert len((place / "logins").read_text().split()) >= 4, "four parts of 250 lines run on the hosts"
+
+
 @test("README's recipe for xargs -0 runs each file as a prompt, whatever its name")
 def _():
     place = kitchen(b"")

@@ -897,7 +897,7 @@ static TARGET void NAME(scale_columns)(int n, float factor, const float *from, i
 // The largest of every 16th of 256 floats, for all n of them, 256 at a time: most[n / 256, rounded up][16], of none
 // -INFINITY. False: not all are finite.
 static TARGET bool NAME(survey)(int n, const float *x, float *most) {
-    float flaws[BLOCK], flaw = 0;              // 0 times what is not finite is NaN
+    float flaws[BLOCK] = {0}, flaw = 0;        // 0 times what is not finite is NaN
     vec flawed = {0};
     for (; n >= BLOCK * BLOCK; n -= BLOCK * BLOCK, x += BLOCK * BLOCK, most += BLOCK)
         for (int lane = 0; lane < BLOCK; lane += LANES) {
@@ -1800,19 +1800,19 @@ typedef struct {
 
 typedef struct { float logit; uint32_t id; double weight; } Candidate;   // weight: probability, up to a factor
 
-// What one thread needs to sample. `largest` is for survey_logits.
-typedef struct { const Kernels *kernels; Candidate *candidates; float *penalized, *largest; } SamplingScratch;   // [vocab]
+// How many maxima `survey` finds.
+static int maxima_of(int n) { return (n + BLOCK * BLOCK - 1) / (BLOCK * BLOCK) * BLOCK; }
+
+// What one thread needs to sample: candidates and penalized [vocab], and what survey_logits finds.
+typedef struct { const Kernels *kernels; Candidate *candidates; float *penalized, *largest; } SamplingScratch;
 
 static SamplingScratch sampling_open(const Kernels *kernels, int vocab) {
-    size_t n = (size_t)vocab;
+    size_t n = (size_t)vocab, maxima = (size_t)maxima_of(vocab) + (size_t)maxima_of(maxima_of(vocab));
     return (SamplingScratch){ kernels, allocate_raw(n, sizeof(Candidate), 64), allocate_raw(n, sizeof(float), 64),
-                              allocate_raw(n + 2 * BLOCK, sizeof(float), 64) };
+                              allocate_raw(maxima, sizeof(float), 64) };
 }
 
 static void sampling_close(SamplingScratch *s) { free(s->candidates), free(s->penalized), free(s->largest); }
-
-// How many maxima `survey` finds.
-static int maxima_of(int n) { return (n + BLOCK * BLOCK - 1) / (BLOCK * BLOCK) * BLOCK; }
 
 // One look at n logits, so that the rest need not look at each: their maxima, and behind these the maxima's. (Measured: loops
 // over the vocabulary, left to the compiler, took 4% of a full batch's time.) False: they are not finite.

@@ -89,7 +89,7 @@ enum {
     BLOCK = 16,                 // columns of a block, and the partial sums of rule 1
     TILE = 12,                  // rows of a tile
     PAGE = 32,                  // positions of a page of keys and values
-    PAIR = 2 * BLOCK,           // outputs a call of `product` computes: dimensions are padded to it
+    PAIR = 2 * BLOCK,           // outputs of two panels: dimensions are padded to it
     BLOCK_FLOATS = TILE * BLOCK,
     USUAL_ROWS = 256,           // of a pass, unless --rows or --batch asks for others
     USUAL_BATCH = 48,           // sequences in work, unless --batch asks for others
@@ -1406,9 +1406,9 @@ typedef struct { const Work *w; const Linear *layers; int rows, groups, pieces; 
 // CPU's own prefetching keeps it busier (measured: decoding 8% faster).
 enum { GROUP = 5, CHUNK = 1024, FEW = 4 };
 
-// Places in memory that are read once a piece is done: CHUNK lines each, two of which a tile can fetch in a chunk while the
-// first tiles fetch the weights. SOON_PAGES: of a sequence's keys and values at most. (Measured, 48 sequences at
-// positions 64 to 79: with 3 pages a head's attention takes 4,800 cycles, with 2 5,600.)
+// Places in memory that are read once a piece is done: CHUNK lines each, or as many as there are inputs, two of which a tile
+// can fetch in a chunk while the first tiles fetch the weights. SOON_PAGES: of a sequence's keys and values at most.
+// (Measured, 48 sequences at positions 64 to 79: with 3 pages a head's attention takes 4,800 cycles, with 2 5,600.)
 enum { PLACES = 2 * GROUP, SOON_PAGES = 3 };
 typedef struct { const float *at[PLACES]; int n; } Soon;
 
@@ -1671,6 +1671,7 @@ static void beside_piece(void *arg, int piece, int thread) {
     long attentions = (long)w->n_spans * heads.n;
     int from = (int)(piece * attentions / job->linear.pieces), to = (int)((piece + 1) * attentions / job->linear.pieces);
     int tiles = tiles_of_piece(&job->linear, piece), room = 2 * (tiles - own_tiles(tiles));
+    int inputs = job->linear.layers->terms->inputs, lines = inputs < CHUNK ? inputs : CHUNK;
     Soon soon = {0};
     for (bool full = false; !full && heads.fetched < SOON_PAGES; heads.fetched += !full)
         for (int i = from; i < to && !full; i++) {
@@ -1679,7 +1680,7 @@ static void beside_piece(void *arg, int piece, int thread) {
             if (last->place / PAGE < heads.fetched) continue;
             const float *at = kv_head(w, last->sequence->pages[heads.fetched], heads.first + i % heads.n);
             const float *place = soon.n ? soon.at[soon.n - 1] : NULL;
-            bool covered = place && at > place && at + head_floats(&w->m->c) <= place + CHUNK * BLOCK;
+            bool covered = place && at > place && at + head_floats(&w->m->c) <= place + lines * BLOCK;
             full = !covered && soon.n == room;
             if (!covered && !full) soon.at[soon.n++] = at;
         }

@@ -83,8 +83,7 @@ static void run_prompts(File *f, Model *m, const Kernels *kernels, Drafts *draft
     schedule(&f->s);
     measure(f);
     scheduler_free(&f->s);
-    double weights = needs_of(&m->c, 0, 1, 0, 0).bytes;
-    f->needed.bytes = (double)f->s.passes * weights + needs_of(&m->c, 0, 1, f->kept, 0).bytes - weights;
+    f->needed.bytes = (double)(f->s.passes - 1) * needs_of(&m->c, 0, 1, 0, 0).bytes + needs_of(&m->c, 0, 1, f->kept, 0).bytes;
 }
 
 int main(int argc, char **argv) {

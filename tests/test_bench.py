@@ -1,13 +1,12 @@
 """--bench: that it measures what it says and says it in order. How fast anything is, no test asks."""
 import json
-import os
 import re
 import signal
 import subprocess
 import time
 
-from harness import KL3M, ROOT, expect, run_kl3m, small_model, test, tmpdir
-from test_unit import run_unit
+from harness import KL3M, expect, run_kl3m, small_model, test
+from test_unit import compiled, run_unit
 
 WORKS = ["decode", "decode at position 240", "prefill of 32 tokens", "prefill of 240 tokens",
          "decode, 16 sequences at once", "decode, 48 sequences at once"]
@@ -68,10 +67,8 @@ def _():
 
 @test("make bench-prompts runs all prompts with all their tokens, and holds them to limits measured meanwhile")
 def _():
-    out = tmpdir() / "bench_prompts"
-    subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O2", "-ffp-contract=off", "-pthread", "-o", str(out),
-                    str(ROOT / "tests" / "bench_prompts.c"), str(ROOT / "tokenizer.c"), "-lm"], check=True, cwd=ROOT)
-    found = subprocess.run([str(out), str(model()), "60", "9"], stdout=subprocess.PIPE, check=True, timeout=100).stdout.decode()
+    found = subprocess.run([str(compiled("bench_prompts")), str(model()), "60", "9"], stdout=subprocess.PIPE,
+                           check=True, timeout=100).stdout.decode()
     assert re.match(r"60 prompts, 540 new tokens, \d+ passes in [\d.]+ s, [\d.]+ tokens/s, ", found), found
     shares = [float(share) for share in re.findall(r"needed +([\d.]+)%", found)]
     assert len(shares) == 2 and max(shares) > 0, found

@@ -10,12 +10,16 @@ from harness import ROOT, expect, run_kl3m, small_model, test, tmpdir
 
 
 @functools.lru_cache(None)
-def unit():
-    """tests/unit.c, compiled."""
-    out = tmpdir() / "unit"
+def compiled(name):
+    """tests/NAME.c, which includes kl3m.c, as a program."""
+    out = tmpdir() / name
     subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O2", "-ffp-contract=off", "-pthread", "-o", str(out),
-                    str(ROOT / "tests" / "unit.c"), str(ROOT / "tokenizer.c"), "-lm"], check=True, cwd=ROOT)
+                    str(ROOT / "tests" / (name + ".c")), str(ROOT / "tokenizer.c"), "-lm"], check=True, cwd=ROOT)
     return out
+
+
+def unit():
+    return compiled("unit")
 
 
 def run_unit(part):

@@ -66,12 +66,13 @@ def _():
     expect(cook(place, recipe("parallel ")), (0, texts))
 
 
-# In place of ssh: a host that is this one, where a login begins in a folder of its own.
+# In place of ssh: a host that is this one, where a login begins in a folder of its own, with SHELL set as sshd sets it
+# (parallel runs the commands there with it, and without it none, silently).
 HOST = """#!/bin/sh
 while [ "$1" != -- ]; do shift; done
 shift
 echo login >>'{place}/logins'
-mkdir -p '{place}/home' && cd '{place}/home' && exec sh -c "$*"
+mkdir -p '{place}/home' && cd '{place}/home' && SHELL=/bin/sh exec sh -c "$*"
 """
 
 

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 from harness import KL3M, ROOT, expect, export, run_kl3m, small_directory, small_model, test, tmpdir
 from models import LEGAL_TEXT
@@ -115,10 +116,14 @@ def _():
 
 @test("builds that corrupt every guess, that guess all they can, or whose second guesses are the good ones make the same bytes")
 def _():
-    wrong = build("wrong", taken=LINES["taken"] + "taken.token = (taken.token + 1) % (uint32_t)s->m->c.vocab;")
-    eager = build("eager", chance="guess[i].chance = 1;")
-    aside = build("aside", chance="guess[i].chance = i ? 0.9 : 1;",
-                  next=LINES["next"] + "Guess first = d->next[0]; d->next[0] = d->next[1], d->next[1] = first;")
+    changes = {
+        "wrong": {"taken": LINES["taken"] + "taken.token = (taken.token + 1) % (uint32_t)s->m->c.vocab;"},
+        "eager": {"chance": "guess[i].chance = 1;"},
+        "aside": {"chance": "guess[i].chance = i ? 0.9 : 1;",
+                  "next": LINES["next"] + "Guess first = d->next[0]; d->next[0] = d->next[1], d->next[1] = first;"},
+    }
+    with ThreadPoolExecutor(2) as pool:
+        wrong, eager, aside = pool.map(lambda name: build(name, **changes[name]), changes)
     taken = 0
     for settings in SETTINGS:
         _, (_, true, guesses) = compare(taught(), settings, program=wrong, count=8)

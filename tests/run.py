@@ -8,6 +8,7 @@ import sys
 sys.dont_write_bytecode = True
 
 import importlib
+import signal
 
 from harness import ROOT, run_tests, test
 
@@ -23,6 +24,8 @@ def load(path):
 
 
 if __name__ == "__main__":
+    # A shell has its background jobs ignore Ctrl-C, and a program keeps to that: those under test must not inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         load(path)
     sys.exit(run_tests(sys.argv[1:]))

@@ -82,15 +82,23 @@ SETTINGS = [
 ]
 
 
-def compare(model, settings, program=None, env=None, count=16):
+def generate(model, settings, count, *args, **more):
+    return run_kl3m("-m", model, "-s", 5, "-n", 40, "--json", "-v", *settings, *args, input=prompts(count), **more)
+
+
+@functools.lru_cache(None)
+def without_guesses(model, settings, count, isa):
+    return generate(model, settings, count, "--no-speculation", env=isa and {"KL3M_ISA": isa})
+
+
+def compare(model, settings, program=None, isa=None, count=16):
     """Runs prompts with and without guesses; returns the generations compared and the guesses' figures."""
-    args = ["-m", model, "-s", 5, "-n", 40, "--json", *settings]
-    plain = run_kl3m(*args, "--no-speculation", "-v", input=prompts(count), env=env)
-    guessed = run_kl3m(*args, "-v", input=prompts(count), env=env, program=program)
+    plain = without_guesses(model, tuple(settings), count, isa)
+    guessed = generate(model, settings, count, env=isa and {"KL3M_ISA": isa}, program=program)
     expect(plain.code, guessed.code, guessed.err)
     expect(figures(plain.err), (1.0, 0, 0), "one token a pass")
     for one, other in zip(guessed.text.split("\n"), plain.text.split("\n")):
-        expect(one, other, (settings, env))
+        expect(one, other, (settings, isa))
     expect(guessed.out, plain.out)
     texts = sum(len(json.loads(line).get("generated_text", ())) for line in plain.text.splitlines())
     return texts, figures(guessed.err)
@@ -110,7 +118,7 @@ def _():
 def _():
     for isa in ("avx512", "avx2", "neon", "portable"):
         if run_kl3m("-m", trained(), "-p", "Q", "-n", 1, env={"KL3M_ISA": isa}).code == 0:
-            _, (_, true, _) = compare(taught(), ["-t", 0.3], program=steady(), env={"KL3M_ISA": isa}, count=7)
+            _, (_, true, _) = compare(taught(), ["-t", 0.3], program=steady(), isa=isa, count=7)
             assert true > 30, (isa, true)
 
 

@@ -6,7 +6,7 @@
 Random weights at the shapes of kl3m-002-170m, fp32, all usable CPUs. Prints a Markdown table and draws bench.svg.
 The peers are installed into a virtual environment: some GB, and llama.cpp is compiled. It and the model's four files
 (2.7 GB) are gone at the end, unless a folder is given to keep them in; what is there is used again.
-Once all is installed a run takes about ten minutes on two CPUs; nothing else should run meanwhile. Linux only; these
+Once all is installed a run takes about 25 minutes on two CPUs; nothing else should run meanwhile. Linux only; these
 versions of the peers want Python 3.11 or later.
 
 The parts, in order: packages, peers, the model's files, processes, prompts, works, agreement, measuring, results.

@@ -40,7 +40,7 @@ bench: $(OUT) $(MODEL)
 	./$(OUT) -m $(MODEL) --bench
 
 # The same for a file of 1,000 short prompts: a minute or two.
-bench-prompts: $(OUT) $(MODEL)
+bench-prompts: $(MODEL)
 	$(CC) $(CFLAGS) $(NEEDED) -o tests/bench_prompts tests/bench_prompts.c tokenizer.c $(LDFLAGS) -lm
 	tests/bench_prompts $(MODEL)
 

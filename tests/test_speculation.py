@@ -82,19 +82,20 @@ SETTINGS = [
 ]
 
 
-def generate(model, settings, count, *args, **more):
-    return run_kl3m("-m", model, "-s", 5, "-n", 40, "--json", "-v", *settings, *args, input=prompts(count), **more)
+def generate(model, settings, count, isa, *args, program=None):
+    return run_kl3m("-m", model, "-s", 5, "-n", 40, "--json", "-v", *settings, *args, input=prompts(count),
+                    env=isa and {"KL3M_ISA": isa}, program=program)
 
 
 @functools.lru_cache(None)
 def without_guesses(model, settings, count, isa):
-    return generate(model, settings, count, "--no-speculation", env=isa and {"KL3M_ISA": isa})
+    return generate(model, settings, count, isa, "--no-speculation")
 
 
 def compare(model, settings, program=None, isa=None, count=16):
     """Runs prompts with and without guesses; returns the generations compared and the guesses' figures."""
     plain = without_guesses(model, tuple(settings), count, isa)
-    guessed = generate(model, settings, count, env=isa and {"KL3M_ISA": isa}, program=program)
+    guessed = generate(model, settings, count, isa, program=program)
     expect(plain.code, guessed.code, guessed.err)
     expect(figures(plain.err), (1.0, 0, 0), "one token a pass")
     for one, other in zip(guessed.text.split("\n"), plain.text.split("\n")):

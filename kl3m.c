@@ -60,6 +60,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
@@ -79,6 +80,7 @@
     defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
 #error "-ffast-math, -Ofast and their kin change results: kl3m must be compiled without them"
 #endif
+_Static_assert(sizeof(0.1) == sizeof(double), "-fsingle-precision-constant changes results: kl3m must be compiled without");
 _Static_assert(FLT_EVAL_METHOD == 0, "kl3m needs float arithmetic in float (on x86-32: -msse2 -mfpmath=sse)");
 _Static_assert(sizeof(float) == 4 && sizeof(void *) == 8, "kl3m needs a 64-bit machine with IEEE floats");
 
@@ -112,15 +114,59 @@ static char program[PATH_MAX];                 // the file that runs, or the nam
 static int stop_pipe[2] = { -1, -1 };          // readable once a signal has come: for those who wait in poll
 static const int stop_signals[] = { SIGINT, SIGTERM, SIGHUP };
 
+// Bytes on their way to a descriptor, collected until there are `room` of them.
+typedef struct { int fd; const char *name; char *data; size_t size, room; } Writer;
+
+static char output_buffer[1 << 16];
+static Writer standard_output = { STDOUT_FILENO, "standard output", output_buffer, 0, sizeof output_buffer };
+static bool messages_lost;                     // something could not be written to standard error
+
+// Writes all of it; a descriptor that does not block (O_NONBLOCK is its other users' choice too) is waited for. False:
+// errno says why.
+static bool write_fully(int fd, const char *data, size_t n) {
+    while (n > 0) {
+        ssize_t put = write(fd, data, n);
+        if (put >= 0) data += put, n -= (size_t)put;
+        else if (errno == EAGAIN) poll(&(struct pollfd){ .fd = fd, .events = POLLOUT }, 1, -1);
+        else if (errno != EINTR) return false;
+    }
+    return true;
+}
+
+static void write_error(const char *s, size_t n) { messages_lost |= !write_fully(STDERR_FILENO, s, n); }
+
+// A line on standard error, written at once. What is no printable character, in a name from a file or an argument, is
+// shown as an escape: it could be a command to the terminal.
+static void message_of(const char *format, va_list arguments, const char *end) {
+    char text[2 * PATH_MAX], line[sizeof text * 4 + 64] = "kl3m: ";
+    size_t n = strlen(line);
+    vsnprintf(text, sizeof text, format, arguments);
+    for (size_t i = 0, length, left = strlen(text); left > 0; i += length, left -= length) {
+        uint32_t code;
+        length = utf8_char(text + i, left, &code);
+        if (code >= 0x20 && (code < 0x7F || (code >= 0xA0 && code != UINT32_MAX))) {
+            memcpy(line + n, text + i, length);
+            n += length;
+        } else for (size_t k = 0; k < length; k++) n += (size_t)sprintf(line + n, "\\x%02x", (unsigned)(uint8_t)text[i + k]);
+    }
+    n += (size_t)sprintf(line + n, "%s\n", end);
+    write_error(line, n);
+}
+
+__attribute__((format(printf, 1, 2)))
+static void message(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    message_of(format, arguments, "");
+    va_end(arguments);
+}
+
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    fflush(stdout);                            // what is finished is not lost
-    fputs("kl3m: ", stderr);
-    vfprintf(stderr, format, arguments);
-    va_end(arguments);
-    fputc('\n', stderr);
+    write_fully(standard_output.fd, standard_output.data, standard_output.size);   // what is finished is not lost
+    message_of(format, arguments, "");
     if (unfinished_file) unlink(unfinished_file);
     _exit(FAILED);
 }
@@ -129,11 +175,25 @@ __attribute__((noreturn, format(printf, 1, 2)))
 static void usage_error(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    fputs("kl3m: ", stderr);
-    vfprintf(stderr, format, arguments);
-    va_end(arguments);
-    fputs("; kl3m --help lists the options\n", stderr);
+    message_of(format, arguments, "; kl3m --help lists the options");
     exit(USAGE);
+}
+
+static void flush(Writer *w) {
+    size_t n = w->size;
+    w->size = 0;                               // if it fails, die must not try it again
+    if (!write_fully(w->fd, w->data, n)) die("cannot write to %s: %s", w->name, strerror(errno));
+}
+
+static void flush_stdout(void) { flush(&standard_output); }
+
+static void write_all(Writer *w, const void *data, size_t n) {
+    for (const char *from = data; n > 0;) {
+        size_t part = w->room - w->size < n ? w->room - w->size : n;
+        memcpy(w->data + w->size, from, part);
+        w->size += part, from += part, n -= part;
+        if (w->size == w->room) flush(w);
+    }
 }
 
 // Memory for n objects of a size, at a multiple of `alignment`; never NULL. It holds anything, and what lies in it
@@ -208,6 +268,28 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+// A line on the terminal that is written over and over, cut to its width; an empty one clears it.
+__attribute__((format(printf, 1, 2)))
+static void show_status(const char *format, ...) {
+    enum { USUAL_WIDTH = 80, MOST_WIDTH = 200 };
+    char text[MOST_WIDTH], line[MOST_WIDTH + 16];
+    struct winsize window;
+    int width = ioctl(STDERR_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 0 ? window.ws_col : USUAL_WIDTH;
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    int n = snprintf(line, sizeof line, "\r%.*s\033[K", width - 1, text);
+    write_error(line, (size_t)n);
+}
+
+// Ends the program as this signal does by itself, with nothing half-written left behind.
+static void on_end(int number) {
+    if (unfinished_file) unlink(unfinished_file);
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
 // The first signal asks the program to finish what it has; a second one ends it.
 static void on_signal(int number) {
     if (interrupted) {
@@ -218,15 +300,30 @@ static void on_signal(int number) {
     if (write(stop_pipe[1], "", 1) < 0) {}     // the pipe is empty: it cannot be full
 }
 
-// From here on the stop signals end the program in order; one that the parent ignores (nohup, a shell's `&`) stays
-// ignored. What a signal finds in a write goes on; what waits for input waits in wait_for_input.
+// A signal that the parent ignores (nohup, a shell's `&`) stays ignored. What it finds in a write goes on.
+static void catch_signal(int number, void (*handler)(int)) {
+    struct sigaction before, ours = { .sa_handler = handler, .sa_flags = SA_RESTART };
+    if (sigaction(number, NULL, &before) == 0 && before.sa_handler != SIG_IGN) sigaction(number, &ours, NULL);
+}
+
+// From here on the stop signals end the program in order, and what waits for input waits in wait_for_input. A closed
+// pipe ends the program quietly, whoever started it; a file that may not grow is an error of its write.
 static void catch_signals(void) {
+    static const int ends[] = { SIGPIPE, SIGQUIT, SIGALRM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGPROF, SIGXCPU };
     if (pipe(stop_pipe) != 0) die("cannot make a pipe: %s", strerror(errno));
-    for (size_t i = 0; i < sizeof stop_signals / sizeof *stop_signals; i++) {
-        struct sigaction before, ours = { .sa_handler = on_signal, .sa_flags = SA_RESTART };
-        if (sigaction(stop_signals[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
-            sigaction(stop_signals[i], &ours, NULL);
-    }
+    for (int i = 0; i < 2; i++) fcntl(stop_pipe[i], F_SETFD, FD_CLOEXEC);
+    signal(SIGPIPE, SIG_DFL);
+    signal(SIGXFSZ, SIG_IGN);
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) catch_signal(ends[i], on_end);
+    for (size_t i = 0; i < sizeof stop_signals / sizeof *stop_signals; i++) catch_signal(stop_signals[i], on_signal);
+}
+
+// A standard stream that is closed gets a descriptor that cannot be used its way, so that no other file takes its
+// number, and reading or writing it fails as it should.
+static void hold_standard_streams(void) {
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) != fd)
+            die("standard stream %d is closed, and /dev/null cannot stand in for it: %s", fd, strerror(errno));
 }
 
 // Can something be read, or its end be seen, without waiting? With `wait`, waits until it can or a signal comes.
@@ -236,9 +333,27 @@ static bool wait_for_input(int fd, bool wait) {
     return !interrupted && ready[1].revents != 0;
 }
 
-static void write_all(FILE *f, const void *data, size_t n, const char *name) {
-    if (n && fwrite(data, 1, n, f) != n) die("cannot write to %s: %s", name, strerror(errno));
+// A file to be read, "-" standard input. A named pipe that nobody writes to yet is waited for when it is read, where a
+// signal is seen, and not here.
+static int open_input(const char *name) {
+    if (strcmp(name, "-") == 0) return STDIN_FILENO;
+    int fd = open(name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) die("cannot open %s: %s", name, strerror(errno));
+    return fd;
 }
+
+// Up to 64 KB more of what wait_for_input has seen; 0 at the end; -1: somebody else has read it.
+static ssize_t read_more(int fd, const char *name, Bytes *b) {
+    enum { PART = 65536 };
+    b->data = grow(b->data, &b->room, b->size + PART);
+    ssize_t got = read(fd, b->data + b->size, PART);
+    if (got < 0 && errno != EAGAIN && errno != EINTR) die("cannot read %s: %s", name, strerror(errno));
+    if (got > 0) b->size += (size_t)got;
+    return got;
+}
+
+// The length of the byte order mark that an input begins with: no part of its text.
+static size_t byte_order_mark(const Bytes *b) { return b->size >= 3 && memcmp(b->data, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0; }
 
 // Ends the program, as a write would, once nobody reads its output any more: the rest need not be computed.
 static void check_reader(void) {
@@ -246,37 +361,71 @@ static void check_reader(void) {
     if (poll(&out, 1, 0) > 0 && out.revents & POLLERR) raise(SIGPIPE);
 }
 
-static void flush_stdout(void) {
-    if (fflush(stdout) != 0) die("cannot write to standard output: %s", strerror(errno));
+static uint64_t system_random(void) {
+    uint64_t number;
+    if (getentropy(&number, sizeof number) != 0) die("the system gives no random numbers: %s", strerror(errno));
+    return number;
+}
+
+// Where a name leads in the end: links are followed, also one to a file that is not there yet.
+static char *follow_links(const char *name) {
+    enum { MOST_LINKS = 40 };                  // as Linux has it
+    char target[PATH_MAX], *path = format_string("%s", name);
+    for (int i = 0;; i++) {
+        ssize_t n = readlink(path, target, sizeof target - 1);
+        if (n < 0) return path;
+        if (i == MOST_LINKS) die("cannot write %s: %s", name, strerror(ELOOP));
+        target[n] = 0;
+        const char *slash = *target == '/' ? NULL : strrchr(path, '/');
+        char *next = format_string("%.*s%s", slash ? (int)(slash + 1 - path) : 0, path, target);
+        free(path);
+        path = next;
+    }
+}
+
+// What is no regular file (a pipe, /dev/null). A named pipe waits for its reader, or for a signal.
+static int open_direct(const char *name) {
+    enum { A_MOMENT = 50 };                    // milliseconds
+    int fd;
+    while ((fd = open(name, O_WRONLY | O_TRUNC | O_CLOEXEC | O_NONBLOCK)) < 0 && errno == ENXIO && !interrupted)
+        poll(&(struct pollfd){ .fd = stop_pipe[0], .events = POLLIN }, 1, A_MOMENT);
+    if (fd < 0 && interrupted) _exit(interrupted);             // nothing has been begun
+    return fd;
 }
 
 // A file that appears under its name when it is whole and not before, with the rights of the one it replaces; a link is
-// followed. Writes begin and end at multiples of 2 MB: ext4 (Linux 6.16 and later) then keeps it in huge pages. What is
-// no regular file (a pipe, /dev/null) is written as it is.
-typedef struct { FILE *file; char *name, *temporary, *buffer; } Output;
+// followed. Meanwhile it has a random name in the same folder, which nobody else can have. Writes begin and end at
+// multiples of 2 MB: ext4 (Linux 6.16 and later) then keeps it in huge pages. What is no regular file is written as it is.
+typedef struct { Writer writer; char *name, *temporary; } Output;
 
 static Output output_open(const char *name) {
     struct stat s;
     bool exists = stat(name, &s) == 0, direct = exists && !S_ISREG(s.st_mode);
-    char *real = exists && !direct ? realpath(name, NULL) : NULL;
-    Output out = { .name = real ? real : format_string("%s", name) };
-    if (!direct) out.temporary = format_string("%s.%ld.part", out.name, (long)getpid());
-    out.file = fopen(direct ? name : out.temporary, "wb");
-    if (out.file == NULL) die("cannot write %s: %s", name, strerror(errno));
-    setvbuf(out.file, out.buffer = allocate_raw(1, HUGE_PAGE, 64), _IOFBF, HUGE_PAGE);
-    unfinished_file = out.temporary;
-    if (real && fchmod(fileno(out.file), s.st_mode & 0777) != 0) die("cannot write %s: %s", name, strerror(errno));
+    Output out = { .name = direct ? format_string("%s", name) : follow_links(name) };
+    mode_t rights = exists ? s.st_mode & 0777 : 0666;
+    if (!direct) {
+        const char *slash = strrchr(out.name, '/');
+        out.temporary = format_string("%.*skl3m-%016llx.part", slash ? (int)(slash + 1 - out.name) : 0, out.name,
+                                      (unsigned long long)system_random());
+        unfinished_file = out.temporary;
+    }
+    int fd = direct ? open_direct(name) : open(out.temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, rights);
+    if (fd < 0) unfinished_file = NULL;
+    if (fd < 0 || (exists && !direct && fchmod(fd, rights) != 0)) die("cannot write %s: %s", name, strerror(errno));
+    out.writer = (Writer){ fd, out.name, allocate_raw(1, HUGE_PAGE, 64), 0, HUGE_PAGE };
     return out;
 }
 
 static void output_close(Output *out, bool whole) {
-    if (fclose(out->file) != 0) die("cannot write %s: %s", out->name, strerror(errno));
+    if (whole || !out->temporary) flush(&out->writer);
+    if ((out->temporary && whole && fsync(out->writer.fd) != 0) || close(out->writer.fd) != 0)
+        die("cannot write %s: %s", out->name, strerror(errno));
     if (out->temporary && !whole) unlink(out->temporary);
     else if (out->temporary && rename(out->temporary, out->name) != 0)
         die("cannot write %s: %s", out->name, strerror(errno));
     unfinished_file = NULL;
     free(out->temporary);
-    free(out->buffer);
+    free(out->writer.data);
     free(out->name);
 }
 
@@ -342,6 +491,9 @@ typedef struct {
     const float *norm, *norm_bias;   // [hidden]
     const float *embed_out;    // panels [vocab][hidden]
 } Model;
+
+// The file that is mapped, as it was then.
+static struct { const char *path; struct stat as_opened; } mapped_file;
 
 static int padded(int n) { return (n + PAIR - 1) / PAIR * PAIR; }
 
@@ -497,7 +649,7 @@ static void check_directory(const Model *m) {
 // Maps and checks a model file. No weight is read: that is for `forward` and --verify.
 static Model model_open(const char *path) {
     Model m = { .path = path };
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);    // so that no named pipe holds us up
     struct stat s;
     if (fd < 0 || fstat(fd, &s) != 0) die("cannot open the model %s: %s", path, strerror(errno));
     if (S_ISDIR(s.st_mode))
@@ -512,6 +664,8 @@ static Model model_open(const char *path) {
     madvise(map, m.size, MADV_HUGEPAGE);       // a file not in memory is then read 2 MB at a time (measured: at the
 #endif                                         // disk's 4 GB/s, else at 1.6), and mapped so if the system can
     m.map = map;
+    mapped_file.path = path;
+    mapped_file.as_opened = s;
     check_directory(&m);
     const FileHeader *h = (const FileHeader *)m.map;
     m.sections = (const Section *)(m.map + sizeof *h);
@@ -555,7 +709,7 @@ typedef struct {
     bool (*survey)(int n, const float *x, float *most);
     float (*read)(long n, const float *p);
     double (*multiply_add)(int n, float *sink);
-    bool (*fuses)(void);
+    const char *(*miscompiled)(void);
 } Kernels;
 
 // Named sums, not an array of them: gcc and clang keep an array of vectors in memory unless every loop over it is
@@ -755,7 +909,8 @@ void NAME(product)(int rows, int k, const float *a, Panels w, Ahead ahead, float
     }
 }
 
-// e^x to 1.5 units in the last place for x in [-86, 0], all that is asked for; 0 below, where a float loses digits.
+// e^x to 1.5 units in the last place for x in [-86, 0], all that is asked for; 0 below, where a float loses digits; NaN
+// of NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite 1980), e^r by its Taylor polynomial of degree 7.
 INLINE vec NAME(exp_vec)(vec x) {
     const vec round = SPLAT(12582912.0f);          // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -772,8 +927,8 @@ INLINE vec NAME(exp_vec)(vec x) {
     p = FMA(p, r, SPLAT(0.5f));
     p = FMA(p, r, SPLAT(1.0f));
     p = FMA(p, r, SPLAT(1.0f));
-    ivec bits = (ivec)p + (((ivec)shifted - (ivec)round) << 23);
-    return (vec)(bits & ~tiny);
+    vec power = (vec)((((ivec)shifted - (ivec)round) << 23) + 0x3F800000);     // 2^n; times p it is exact
+    return (vec)((ivec)(p * power) & ~tiny);
 }
 
 // x Phi(x), Phi the normal distribution: the GELU of Hendrycks and Gimpel (2016), not its tanh approximation.
@@ -895,28 +1050,32 @@ static TARGET void NAME(scale_columns)(int n, float factor, const float *from, i
 }
 
 // The largest of every 16th of 256 floats, for all n of them, 256 at a time: most[n / 256, rounded up][16], of none
-// -INFINITY. False: not all are finite.
+// -INFINITY. False: not all are finite. That is told by the bits, so that no flag of a compiler makes it forget.
 static TARGET bool NAME(survey)(int n, const float *x, float *most) {
-    float flaws[BLOCK] = {0}, flaw = 0;        // 0 times what is not finite is NaN
-    vec flawed = {0};
+    enum { NOT_FINITE = 0x7F800000 };          // the least bits, but for the sign, of what is not
+    int32_t bits[BLOCK] = {0}, largest_bits = 0;
+    ivec widest = {0};
     for (; n >= BLOCK * BLOCK; n -= BLOCK * BLOCK, x += BLOCK * BLOCK, most += BLOCK)
         for (int lane = 0; lane < BLOCK; lane += LANES) {
             vec largest = LOAD(x + lane);
             for (int i = lane; i < BLOCK * BLOCK; i += BLOCK) {
                 vec v = LOAD(x + i);
+                ivec size = (ivec)v & 0x7FFFFFFF, wider = size > widest;
                 largest = SELECT(v > largest, v, largest);
-                flawed += v * SPLAT(0.0f);
+                widest = (size & wider) | (widest & ~wider);
             }
             STORE(most + lane, largest);
         }
     for (int i = 0; n > 0 && i < BLOCK; i++) most[i] = -INFINITY;
     for (int i = 0; i < n; i++) {
         if (x[i] > most[i % BLOCK]) most[i % BLOCK] = x[i];
-        flaw += 0 * x[i];
+        memcpy(bits, x + i, sizeof *bits);
+        bits[0] &= 0x7FFFFFFF;
+        if (bits[0] > largest_bits) largest_bits = bits[0];
     }
-    STORE(flaws, flawed);
-    for (int i = 0; i < LANES; i++) flaw += flaws[i];
-    return flaw == 0;
+    memcpy(bits, &widest, sizeof widest);
+    for (int i = 0; i < LANES; i++) largest_bits = bits[i] > largest_bits ? bits[i] : largest_bits;
+    return largest_bits < NOT_FINITE;
 }
 
 // What --bench holds this CPU to, apart from everything above. Reads n floats, a multiple of 4 blocks.
@@ -950,19 +1109,21 @@ static TARGET double NAME(multiply_add)(int n, float *sink) {
 #undef FINISH_PEAK
 }
 
-// Has the compiler fused a product and a difference of its own accord, against rule 2? (1 + 2^-12)^2 is 1 + 2^-11 when
-// it is rounded by itself.
-static TARGET bool NAME(fuses)(void) {
-    volatile float factor = 1 + 0x1p-12f;
-    float x = factor;
-    return x * x - (1 + 0x1p-11f) != 0;
+// What is wrong with how this was compiled, or NULL. (1 + 2^-12)^2 is 1 + 2^-11 when it is rounded by itself: was it
+// fused with the difference, against rule 2? Are there NaN and infinity (not after clang's -fno-honor-nans)?
+static TARGET const char *NAME(miscompiled)(void) {
+    volatile float factor = 1 + 0x1p-12f, zero = 0;
+    float x = factor, none = zero / zero, infinite = 1 / zero;
+    if (x * x - (1 + 0x1p-11f) != 0) return "without -ffp-contract=off";
+    if (none == none || !(infinite > FLT_MAX)) return "without NaN or infinity";
+    return NULL;
 }
 
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 static const Kernels NAME(kernels) = {
     .name = STRING(KIND), .product = NAME(product), .finish = NAME(finish), .layer_norm = NAME(layer_norm),
-    .softmax = NAME(softmax), .scale_columns = NAME(scale_columns), .survey = NAME(survey), .fuses = NAME(fuses),
+    .softmax = NAME(softmax), .scale_columns = NAME(scale_columns), .survey = NAME(survey), .miscompiled = NAME(miscompiled),
     .read = NAME(read), .multiply_add = NAME(multiply_add),
 };
 
@@ -1099,10 +1260,14 @@ static void threads_start(int threads) {
     pool.ranges = allocate_raw((size_t)threads, sizeof *pool.ranges, 64);
     for (int i = 0; i < threads; i++) atomic_init(&pool.ranges[i].pieces, 0);
     pool.threads = threads;
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, 1 << 20);   // musl gives 128 KB; an unoptimized product needs 241
     for (int i = 1; i < threads; i++) {
-        int error = pthread_create(&workers[i - 1], NULL, worker, (void *)(intptr_t)i);
+        int error = pthread_create(&workers[i - 1], &attributes, worker, (void *)(intptr_t)i);
         if (error) die("cannot start thread %d: %s; a smaller -j needs fewer", i + 1, strerror(error));
     }
+    pthread_attr_destroy(&attributes);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
@@ -1955,7 +2120,8 @@ static int distribution(const Sampling *s, const float *logits, int n, const Sam
     return count;
 }
 
-// One token for n surveyed logits after the history of the prompt's and the continuation's tokens.
+// One token for n surveyed logits after the history of the prompt's and the continuation's tokens; TOKENIZER_NONE: the
+// penalty makes them overflow.
 static uint32_t sample(const Sampling *s, const float *logits, int n, const uint32_t *prompt, int n_prompt,
                        const uint32_t *drawn, int n_drawn, double u, const SamplingScratch *scratch) {
     if (s->penalty != 1) {
@@ -1963,7 +2129,7 @@ static uint32_t sample(const Sampling *s, const float *logits, int n, const uint
         penalize(logits, n, prompt, n_prompt, s->penalty, scratch->penalized);
         penalize(logits, n, drawn, n_drawn, s->penalty, scratch->penalized);
         logits = scratch->penalized;
-        survey_logits(scratch, logits, n);
+        if (!survey_logits(scratch, logits, n)) return TOKENIZER_NONE;
     }
     if (s->temperature == 0) return argmax(logits, n, scratch->largest);
     double total;
@@ -2254,7 +2420,9 @@ typedef struct {
     Continuation *c;
     const float *logits;       // [rows][padded vocab]
     int rows, drawn;           // rows: of the chain; those of side guesses stand behind them
-    bool finite, aside;        // aside: a side guess came true
+    bool finite;               // the logits
+    bool overflow;             // they are no longer after the penalty
+    bool aside;                // a side guess came true
 } Draw;
 typedef struct { Scheduler *s; Draw *draws; } DrawJob;
 
@@ -2274,6 +2442,8 @@ static void draw_piece(void *arg, int piece, int thread) {
         if (!d->finite) return;
         double u = uniform(r->seed, r->hash, c->number, (uint32_t)n);
         uint32_t token = sample(&s->sampling, logits, vocab, r->ids, r->n, c->ids, n, u, &s->scratch[thread]);
+        d->overflow = token == TOKENIZER_NONE;
+        if (d->overflow) return;
         if (r->forced) token = r->forced[n];
         next = row + 1 < d->rows && c->ids[n] == token ? row + 1 : -1;
         for (int i = 0; i < c->draft->sides && row < d->rows && next < 0; i++)
@@ -2428,6 +2598,8 @@ static void draw_all(Scheduler *s, Draw *draws, int n) {
         Continuation *c = draws[i].c;
         for (int drawn = 0; drawn < draws[i].drawn && c->reason == UNDECIDED; drawn++) accept_token(s, c, c->ids[c->n]);
         if (!draws[i].finite && c->reason == UNDECIDED) die_not_finite(s->m);
+        if (draws[i].overflow && c->reason == UNDECIDED)
+            die("--repetition-penalty %g makes logits overflow; one nearer to 1 does not", s->sampling.penalty);
         // The last token has not been run yet, and one before it that was guessed aside must be, in its place.
         c->sequence.length = c->request->n + c->n - 1 - draws[i].aside;
         if (c->reason == UNDECIDED) s->running[s->n_running++] = c;
@@ -2781,7 +2953,7 @@ typedef struct {
     char delimiter;            // newline or NUL
     Bytes buffer;
     size_t start, scanned;     // the next record begins at start; there is no delimiter before scanned
-    bool ended;
+    bool marked, ended;        // marked: it began with a byte order mark, which is dropped
     long line;                 // of the last record, from 1
     size_t taken;              // its bytes, its end included
 } Records;
@@ -2790,6 +2962,10 @@ typedef struct {
 // false or a signal came; -1: no more.
 static int next_record(Records *in, bool wait, char **text, size_t *n) {
     for (;;) {
+        if (in->line == 0 && !in->marked && byte_order_mark(&in->buffer)) {
+            in->start = in->scanned = byte_order_mark(&in->buffer);
+            in->marked = true;
+        }
         char *end = in->scanned < in->buffer.size
                   ? memchr(in->buffer.data + in->scanned, in->delimiter, in->buffer.size - in->scanned) : NULL;
         if (end || (in->ended && in->start < in->buffer.size)) {
@@ -2812,26 +2988,20 @@ static int next_record(Records *in, bool wait, char **text, size_t *n) {
         if (in->start && in->buffer.size) memmove(in->buffer.data, in->buffer.data + in->start, in->buffer.size);
         in->start = 0;
         in->scanned = in->buffer.size;
-        in->buffer.data = grow(in->buffer.data, &in->buffer.room, in->buffer.size + 65536);
-        ssize_t got = read(in->fd, in->buffer.data + in->buffer.size, 65536);
-        if (got < 0) die("cannot read %s: %s", in->name, strerror(errno));
-        if (got == 0) in->ended = true;
-        in->buffer.size += (size_t)got;
+        if (read_more(in->fd, in->name, &in->buffer) == 0) in->ended = true;
     }
 }
 
 static Bytes read_file(const char *name) {
-    int fd = strcmp(name, "-") == 0 ? STDIN_FILENO : open(name, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) die("cannot open %s: %s", name, strerror(errno));
+    int fd = open_input(name);
     Bytes b = {0};
     for (ssize_t got = 1; got != 0;) {
-        b.data = grow(b.data, &b.room, b.size + 65536);
         if (!wait_for_input(fd, true)) _exit(interrupted);      // nothing has been begun
-        got = read(fd, b.data + b.size, 65536);
-        if (got < 0) die("cannot read %s: %s", name, strerror(errno));
-        b.size += (size_t)got;
+        got = read_more(fd, name, &b);
     }
     if (fd != STDIN_FILENO) close(fd);
+    size_t mark = byte_order_mark(&b);
+    if (mark) memmove(b.data, b.data + mark, b.size -= mark);
     return b;
 }
 
@@ -2930,21 +3100,21 @@ static bool json_string(Json *j, Bytes *out) {
         char text[4];
         uint32_t code;
         size_t left = (size_t)(j->end - j->at), used = utf8_char(j->at, left, &code), n = used;
-        if (code == UINT32_MAX) return json_fail(j, "this is not UTF-8");
-        if (code < 0x20) return json_fail(j, "a control character must be escaped");
+        if (code == UINT32_MAX) return json_fail(j, "UTF-8 was expected");
+        if (code < 0x20) return json_fail(j, "an escaped control character was expected");
         memcpy(text, j->at, n);
         const char *name = code == '\\' && left > 1 && j->at[1] ? strchr(names, j->at[1]) : NULL;
         if (name) text[0] = meanings[name - names], used = 2;
         else if (code == '\\') {
             long unit = unicode_escape(j->at, left, &used);
-            if (unit < 0) return json_fail(j, "there is no such escape");
-            if (unit >= 0xD800 && unit < 0xE000) return json_fail(j, "half a pair of surrogates is no character");
+            if (unit < 0) return json_fail(j, "a valid escape was expected");
+            if (unit >= 0xD800 && unit < 0xE000) return json_fail(j, "a whole pair of surrogates was expected");
             n = put_utf8(text, unit);
         }
         if (out) append(out, text, n);
         j->at += used;
     }
-    if (j->at == j->end) return json_fail(j, "the string does not end");
+    if (j->at == j->end) return json_fail(j, "the end of the string was expected");
     j->at++;
     return true;
 }
@@ -2958,7 +3128,7 @@ static bool json_number(Json *j) {
     if (*j->at == '-') j->at++;
     const char *first = j->at;
     json_digits(j, &digits);
-    if (digits == 0 || (digits > 1 && *first == '0')) return json_fail(j, "this is no JSON value");
+    if (digits == 0 || (digits > 1 && *first == '0')) return json_fail(j, "a value was expected");
     if (j->at < j->end && *j->at == '.') {
         j->at++;
         json_digits(j, &digits);
@@ -2977,7 +3147,7 @@ static bool json_number(Json *j) {
 static bool json_value(Json *j, int depth) {
     static const char *const words[] = { "true", "false", "null" };
     json_skip_space(j);
-    if (depth > MAX_DEPTH) return json_fail(j, "this is nested too deep");
+    if (depth > MAX_DEPTH) return json_fail(j, "nothing nested deeper was expected");
     if (j->at == j->end) return json_fail(j, "a value was expected");
     if (*j->at == '"') return json_string(j, NULL);
     bool object = *j->at == '{';
@@ -3000,37 +3170,51 @@ static bool json_value(Json *j, int depth) {
 }
 
 // An object with a "prompt" that is a string: appends what it says to `prompt`, and each other member as it is, with a
-// comma behind it, to `others`, but for those that the output has of its own. The last of equal names counts.
+// comma behind it, to `others`, but for those that the output has of its own. The last of equal names counts. Sound
+// JSON keeps its other members, whatever is wrong with its prompt.
 static bool json_record(Json *j, Bytes *prompt, Bytes *others) {
     static const char *const ours[] = { "generated_text", "finish_reason", "prompt_tokens", "new_tokens", "seed",
                                         "error" };
-    bool found = false;
-    if (!json_take(j, '{')) return json_fail(j, "an object was expected");
-    if (!json_take(j, '}')) {
-        do {
-            json_skip_space(j);
-            const char *start = j->at;
-            Bytes name = {0};
-            if (!json_string(j, &name) || !(json_take(j, ':') || json_fail(j, "a colon was expected"))) {
-                free(name.data);
-                return false;
-            }
-            bool is_prompt = name.size == 6 && memcmp(name.data, "prompt", 6) == 0, is_ours = is_prompt;
-            for (size_t i = 0; i < sizeof ours / sizeof *ours; i++)
-                is_ours |= name.size == strlen(ours[i]) && memcmp(name.data, ours[i], name.size) == 0;
-            free(name.data);
-            if (is_prompt) prompt->size = 0;
-            if (!(is_prompt ? json_string(j, prompt) : json_value(j, 0))) return false;
-            found |= is_prompt;
-            if (is_ours) continue;
-            append(others, start, (size_t)(j->at - start));
-            append_string(others, ", ");
-        } while (json_take(j, ','));
-        if (!json_take(j, '}')) return json_fail(j, "a comma or } was expected");
-    }
+    if (!json_value(j, -1)) return false;
     json_skip_space(j);
-    if (j->at < j->end) return json_fail(j, "there is more behind the object");
-    return found || json_fail(j, "there is no member \"prompt\"");
+    if (j->at < j->end) return json_fail(j, "the end of the line was expected");
+    j->at = j->start;
+    if (!json_take(j, '{')) return json_fail(j, "an object was expected");
+    j->flaw = "there is no member \"prompt\"";
+    const char *at_fault = j->start;
+    for (bool more = !json_take(j, '}'); more; more = json_take(j, ',')) {
+        json_skip_space(j);
+        const char *member = j->at;
+        Bytes name = {0};
+        json_string(j, &name);
+        json_take(j, ':');
+        json_skip_space(j);
+        bool is_prompt = name.size == 6 && memcmp(name.data, "prompt", 6) == 0, is_ours = is_prompt;
+        for (size_t i = 0; i < sizeof ours / sizeof *ours; i++)
+            is_ours |= name.size == strlen(ours[i]) && memcmp(name.data, ours[i], name.size) == 0;
+        free(name.data);
+        if (is_prompt) {
+            at_fault = j->at;
+            prompt->size = 0;
+            j->flaw = *j->at == '"' ? NULL : "the prompt must be a string";
+        }
+        if (is_prompt && *j->at == '"') json_string(j, prompt);
+        else json_value(j, 0);
+        if (is_ours) continue;
+        append(others, member, (size_t)(j->at - member));
+        append_string(others, ", ");
+    }
+    if (j->flaw) j->at = at_fault;
+    return j->flaw == NULL;
+}
+
+// What stands where JSON is not as it should be, for a message.
+static char *json_found(const Json *j) {
+    enum { SHOWN = 24 };
+    size_t n = (size_t)(j->end - j->at);
+    if (n == 0) return format_string("the end of the line");
+    if (n <= SHOWN) return format_string("%.*s", (int)n, j->at);
+    return format_string("%.*s...", SHOWN - (int)utf8_unfinished(j->at, SHOWN), j->at);
 }
 
 // ---- 12. Output ----
@@ -3083,7 +3267,7 @@ static void append_json(Bytes *out, const char *key, const char *s, size_t n) {
 }
 
 static void print(Bytes *b) {
-    write_all(stdout, b->data, b->size, "standard output");
+    write_all(&standard_output, b->data, b->size);
     free(b->data);
     *b = (Bytes){0};
 }
@@ -3214,10 +3398,10 @@ static void give_tokens(Request *r, Model *m, const Options *o, long new_tokens)
     KVCache kv = kv_open(&m->c);
     long tokens = r->n + new_tokens < m->c.context ? r->n + new_tokens : m->c.context;
     double need = (double)(pages_for((int)tokens) + 1) * (double)page_bytes(&kv);
-    if (new_tokens > 0 && need > (double)o->kv_memory)
-        r->error = format_string("the prompt and its new tokens need %.1f MB of keys and values, --kv-memory allows "
-                                 "%.1f; a smaller -n or a larger --kv-memory does", need * 1e-6,
-                                 (double)o->kv_memory * 1e-6);
+    if ((new_tokens > 0 || o->logits) && need > (double)o->kv_memory)
+        r->error = format_string("the prompt%s need%s %.1f MB of keys and values, --kv-memory allows %.1f; %sa larger "
+                                 "--kv-memory does", o->logits ? "" : " and its new tokens", o->logits ? "s" : "",
+                                 need * 1e-6, (double)o->kv_memory * 1e-6, o->logits ? "" : "a smaller -n or ");
 }
 
 // Everything `generate` knows; the scheduler's callbacks get it.
@@ -3236,29 +3420,25 @@ typedef struct {
 } Generation;
 
 static void clear_counts(Generation *g) {
-    if (g->counted > 0) fputs("\r\033[K", stderr);
+    if (g->counted > 0) show_status("%s", "");
     g->counted = 0;
 }
 
-// A line on the terminal that is written over and over, five times a second.
+// Five times a second.
 static void show_counts(Generation *g) {
     double now = seconds(), taken = now - g->started;
     if (!g->counts || taken < 0.5 || now - g->counted < 0.2) return;
-    fprintf(stderr, "\rkl3m: %ld prompt%s, %.0f tokens/s", g->done, g->done == 1 ? "" : "s",
-            (double)g->s.tokens_drawn / taken);
+    char left[32] = "";
     if (g->size > 0 && g->done_size > 0) {
-        double left = fmax(taken * (g->size - g->done_size) / g->done_size, 0);    // a file may grow meanwhile
-        fprintf(stderr, ", %.0f:%02.0f left", floor(left / 60), floor(fmod(left, 60)));
+        double rest = fmax(taken * (g->size - g->done_size) / g->done_size, 0);    // a file may grow meanwhile
+        snprintf(left, sizeof left, ", %.0f:%02.0f left", floor(rest / 60), floor(fmod(rest, 60)));
     }
-    fputs("\033[K", stderr);
+    show_status("kl3m: %ld prompt%s, %.0f tokens/s%s", g->done, g->done == 1 ? "" : "s",
+                (double)g->s.tokens_drawn / taken, left);
     g->counted = now;
 }
 
-static uint64_t system_seed(void) {
-    uint64_t seed;
-    if (getentropy(&seed, sizeof seed) != 0) die("cannot draw a seed from the system: %s; give one with -s", strerror(errno));
-    return seed >> 11;
-}
+static uint64_t system_seed(void) { return system_random() >> 11; }
 
 static Request *read_request(void *arg, bool wait, bool *ended) {
     Generation *g = arg;
@@ -3276,9 +3456,10 @@ static Request *read_request(void *arg, bool wait, bool *ended) {
     Json record = { text, text, text + n, NULL };
     if (g->o->jsonl && !json_record(&record, &prompt, &r->others)) {
         free(prompt.data);
-        free(r->others.data);
-        r->others = (Bytes){0};
-        r->error = format_string("no prompt in JSON: at byte %td %s", record.at - record.start, record.flaw);
+        char *found = json_found(&record);
+        r->error = format_string("no prompt in JSON: at byte %td %s; found %s", record.at - record.start, record.flaw,
+                                 found);
+        free(found);
         return r;
     }
     r->prompt = prompt.data;
@@ -3343,8 +3524,8 @@ static void show_request(void *arg, Request *r) {
     if (r->error || o->verbose) clear_counts(g);
     if (r->error) {
         g->some_failed = true;
-        fprintf(stderr, "kl3m: %s%s\n", where, r->error);
-    } else if (o->verbose) fprintf(stderr, "kl3m: %sseed %llu\n", where, (unsigned long long)r->seed);
+        message("%s%s", where, r->error);
+    } else if (o->verbose) message("%sseed %llu", where, (unsigned long long)r->seed);
     if (o->json) append_request_json(&out, r, g->s.returns, !o->no_echo);
     else for (; r->delivered < g->s.returns; r->delivered++) append(&out, o->null ? "" : "\n", 1);   // their places
     print(&out);
@@ -3370,7 +3551,7 @@ static void show_interrupted(Generation *g) {
         int places = r->next == end ? last : s->returns;
         for (; !g->o->json && !r->error && !g->stream && r->delivered < places; r->delivered++) {
             Continuation *c = &r->continuations[r->delivered];
-            if (c->reason == UNDECIDED) write_all(stdout, g->o->null ? "" : "\n", 1, "standard output");
+            if (c->reason == UNDECIDED) write_all(&standard_output, g->o->null ? "" : "\n", 1);
             else show_line(g, c);
         }
         if (!r->error && !g->stream) r->delivered = s->returns;
@@ -3413,16 +3594,16 @@ static int generate(const Options *o, Model *m, const Kernels *kernels) {
     if (interrupted) show_interrupted(&g);
     double end = seconds();
     if (o->verbose) {
-        fprintf(stderr, "kl3m: %ld passes, %ld rows, %ld new tokens in %.3f s, %.1f tokens/s, %s, %d threads\n",
+        message("%ld passes, %ld rows, %ld new tokens in %.3f s, %.1f tokens/s, %s, %d threads",
                 g.s.passes, g.s.rows_run, g.s.tokens_drawn, end - start, (double)g.s.tokens_drawn / (end - start),
                 kernels->name, pool.threads);
-        fprintf(stderr, "kl3m: %.1f of %.1f MB for keys and values\n",
+        message("%.1f of %.1f MB for keys and values",
                 (double)g.s.kv.pages * (double)page_bytes(&g.s.kv) * 1e-6, (double)o->kv_memory * 1e-6);
         if (g.s.drafts && g.s.draws > 0)
-            fprintf(stderr, "kl3m: %.2f tokens a pass, %ld of %ld guesses came true\n",
+            message("%.2f tokens a pass, %ld of %ld guesses came true",
                     (double)g.s.decoded / (double)g.s.draws, g.s.decoded - g.s.draws, g.s.guesses);
         if (g.s.tokens_drawn > 1)
-            fprintf(stderr, "kl3m: first token after %.3f s, %ld more at %.2f tokens/s\n", g.s.first_token - start,
+            message("first token after %.3f s, %ld more at %.2f tokens/s", g.s.first_token - start,
                     g.s.tokens_drawn - 1, (double)(g.s.tokens_drawn - 1) / (end - g.s.first_token));
     }
     scheduler_free(&g.s);
@@ -3460,7 +3641,7 @@ static int tokenize(const Options *o, Model *m) {
         ids = grow(ids, &room, (n + 1) * sizeof *ids);
         out.size = 0;
         append_ids(&out, ids, encode(m, o, text, n, ids));
-        write_all(stdout, out.data, out.size, "standard output");
+        write_all(&standard_output, out.data, out.size);
     }
     flush_stdout();
     free(out.data);
@@ -3488,9 +3669,8 @@ static bool decode_line(const Model *m, const char *s, size_t n, Bytes *text, si
 
 static int detokenize(const Options *o, const Model *m) {
     // Lines of ids come from -p or -f as from standard input; they end in a newline, with -0 too.
-    Records in = { .fd = STDIN_FILENO, .name = o->file ? o->file : "standard input", .delimiter = '\n' };
-    if (o->file && strcmp(o->file, "-") != 0 && (in.fd = open(o->file, O_RDONLY | O_CLOEXEC)) < 0)
-        die("cannot open %s: %s", o->file, strerror(errno));
+    Records in = { .fd = open_input(o->file ? o->file : "-"), .name = o->file ? o->file : "standard input",
+                   .delimiter = '\n' };
     if (o->prompt) {
         append_string(&in.buffer, o->prompt);
         append_string(&in.buffer, "\n");
@@ -3506,14 +3686,11 @@ static int detokenize(const Options *o, const Model *m) {
         else {
             size_t length = 0;
             while (bad + length < n && s[bad + length] != ' ' && length < 20) length++;
-            Bytes shown = {0};
-            append_text(&shown, s + bad, length, LINE);
-            fprintf(stderr, "kl3m: line %ld: %s is no token id from 0 to %d\n", in.line, shown.data, m->c.vocab - 1);
-            free(shown.data);
+            message("line %ld: %.*s is no token id from 0 to %d", in.line, (int)length, s + bad, m->c.vocab - 1);
             status = SOME_FAILED;
         }
         append(&out, o->null ? "" : "\n", 1);
-        write_all(stdout, out.data, out.size, "standard output");
+        write_all(&standard_output, out.data, out.size);
     }
     flush_stdout();
     if (in.fd != STDIN_FILENO) close(in.fd);
@@ -3541,7 +3718,7 @@ static int write_logits(const Options *o, Model *m, const Kernels *kernels) {
     give_tokens(&r, m, o, 0);
     int status = OK;
     if (r.error) {
-        fprintf(stderr, "kl3m: %s\n", r.error);
+        message("%s", r.error);
         status = SOME_FAILED;
     } else {
         int rows = rows_of_pass(o->rows, USUAL_ROWS, r.n);
@@ -3558,7 +3735,7 @@ static int write_logits(const Options *o, Model *m, const Kernels *kernels) {
             forward(&w, pass, count);
             for (int i = 0; i < count; i++) {
                 if (!survey_logits(&scratch, logits_of(&w, i), m->c.vocab)) die_not_finite(m);
-                write_all(out.file, logits_of(&w, i), (size_t)m->c.vocab * sizeof(float), o->logits);
+                write_all(&out.writer, logits_of(&w, i), (size_t)m->c.vocab * sizeof(float));
             }
         }
         output_close(&out, !interrupted);
@@ -3612,12 +3789,15 @@ static int verify(const Model *m) {
     for (uint32_t i = 0; i < m->n_sections && !interrupted; i++) {
         const Section *s = &m->sections[i];
         if (crc32_of(0, m->map + s->offset, s->size) == s->crc) continue;
-        fprintf(stderr, "kl3m: %s: the section %s is damaged; export the model again, or copy it again\n", m->path, s->name);
+        message("%s: the section %s is damaged; export the model again, or copy it again", m->path, s->name);
         damaged++;
     }
     if (interrupted) return interrupted;
     if (damaged) return FAILED;
-    printf("%s: %u sections, %zu bytes: the checksums are right\n", m->path, m->n_sections, m->size);
+    Bytes out = {0};
+    append_text(&out, m->path, strlen(m->path), LINE);
+    append_format(&out, ": %u sections, %zu bytes: the checksums are right\n", m->n_sections, m->size);
+    print(&out);
     flush_stdout();
     return OK;
 }
@@ -3934,7 +4114,7 @@ static void ignore(void *arg, Continuation *c) { (void)arg, (void)c; }
 static void replay_end(void *arg, Request *r) {
     Replay *p = arg;
     p->ended = seconds();
-    if (r->error && p->s.drafts) fprintf(stderr, "kl3m: line %ld: %s\n", r->line, r->error);
+    if (r->error && p->s.drafts) message("line %ld: %s", r->line, r->error);
     p->failed |= r->error != NULL;
     request_free(r, p->s.returns, &p->s.kv);
 }
@@ -3976,8 +4156,7 @@ static void read_replay(Replay *p, Records *in, int most) {
 
 static int replay(const Options *o, Model *m, const Kernels *kernels) {
     Replay p = { .o = o, .m = m };
-    Records in = { .fd = open(o->replay, O_RDONLY | O_CLOEXEC), .name = o->replay, .delimiter = '\n' };
-    if (in.fd < 0) die("cannot open %s: %s", o->replay, strerror(errno));
+    Records in = { .fd = open_input(o->replay), .name = o->replay, .delimiter = '\n' };
     int at_once = o->batch ? (int)(o->batch < MAX_BATCH ? o->batch : MAX_BATCH) : 1;
     p.lines = allocate((size_t)at_once, sizeof *p.lines);
     ReplayFigures alone = {0}, guessed = {0};
@@ -4073,7 +4252,7 @@ static void learning_end(void *arg, Request *r) {
     l->delivered++;
     request_free(r, l->s.returns, &l->s.kv);
     if (l->o->quiet || !isatty(STDERR_FILENO) || seconds() - l->shown < 0.2) return;
-    fprintf(stderr, "\rkl3m: %ld of %ld tokens sampled\033[K", l->learnt, l->tokens);
+    show_status("kl3m: %ld of %ld tokens sampled", l->learnt, l->tokens);
     l->shown = seconds();
 }
 
@@ -4107,8 +4286,8 @@ static void write_guesses(const Model *m, Output *out, const Context *table) {
     };
     uint64_t at = 0;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; at = parts[i].at + parts[i].size, i++) {
-        for (; at < parts[i].at; at++) write_all(out->file, "", 1, out->name);
-        write_all(out->file, parts[i].data, parts[i].size, out->name);
+        for (; at < parts[i].at; at++) write_all(&out->writer, "", 1);
+        write_all(&out->writer, parts[i].data, parts[i].size);
     }
     free(sections);
 }
@@ -4128,7 +4307,7 @@ static int learn_guesses(const Options *o, Model *m, const Kernels *kernels) {
     l.s.arg = &l;
     double start = seconds();
     schedule(&l.s);
-    if (l.shown > 0) fputs("\r\033[K", stderr);
+    if (l.shown > 0) show_status("%s", "");
     uint32_t *ids = allocate(text.size + 1, sizeof *ids);
     size_t own = interrupted || text.size == 0 ? 0 : encode(m, o, text.data, text.size, ids);
     Tail tail = {0};
@@ -4136,14 +4315,20 @@ static int learn_guesses(const Options *o, Model *m, const Kernels *kernels) {
     if (!interrupted) {
         write_guesses(m, &out, l.table.table);
         if (o->verbose)
-            fprintf(stderr, "kl3m: seed %llu, %ld tokens sampled in %.1f s\n", (unsigned long long)l.seed, l.learnt,
+            message("seed %llu, %ld tokens sampled in %.1f s", (unsigned long long)l.seed, l.learnt,
                     seconds() - start);
     }
     output_close(&out, !interrupted);
     if (!interrupted && !o->quiet) {
-        printf("%s: the model with a table of guesses from %ld tokens of its own", o->out, l.learnt);
-        if (o->file) printf(" and %zu of %s", own, o->file);
-        printf("\n");
+        Bytes said = {0};
+        append_text(&said, o->out, strlen(o->out), LINE);
+        append_format(&said, ": the model with a table of guesses from %ld tokens of its own", l.learnt);
+        if (o->file) {
+            append_format(&said, " and %zu of ", own);
+            append_text(&said, o->file, strlen(o->file), LINE);
+        }
+        append_string(&said, "\n");
+        print(&said);
         flush_stdout();
     }
     free(ids);
@@ -4243,7 +4428,9 @@ static int show_help(void) {
 }
 
 static int show_version(void) {
-    printf("kl3m %s, model format %d\n", VERSION, FORMAT_VERSION);
+    Bytes out = {0};
+    append_format(&out, "kl3m %s, model format %d\n", VERSION, FORMAT_VERSION);
+    print(&out);
     flush_stdout();
     return OK;
 }
@@ -4370,7 +4557,7 @@ static void parse_options(int argc, char **argv) {
     bool needs_prompt = !options.info && !options.verify && !options.bench && !options.learn &&
                         !options.help && !options.version;
     if (needs_prompt && !options.prompt && !options.file && isatty(STDIN_FILENO)) {
-        fputs("usage: kl3m -p TEXT | -f FILE | < PROMPTS, a prompt a line; kl3m --help lists the options\n", stderr);
+        message("usage: kl3m -p TEXT | -f FILE | < PROMPTS, a prompt a line; kl3m --help lists the options");
         exit(USAGE);
     }
 }
@@ -4415,25 +4602,51 @@ static const Kernels *find_kernels(void) {
 #ifdef __linux__
 // The first number of a cgroup's file, divided by the second if there is one: "quota period" of version 2's cpu.max is
 // CPUs, memory.max is bytes. INFINITY where there is no file or no limit ("max", or -1 in version 1).
-static double limit_in(const char *file) {
-    FILE *f = fopen(file, "r");
+static double limit_in(const char *folder, const char *path, const char *name) {
+    char file[PATH_MAX + 128];
+    snprintf(file, sizeof file, "/sys/fs/cgroup%s%s/%s", folder, path, name);
+    FILE *f = fopen(file, "re");
     double limit = 0, period = 1;
     bool limited = f && fscanf(f, "%lf %lf", &limit, &period) >= 1 && limit > 0 && period > 0;
     if (f) fclose(f);
     return limited ? limit / period : INFINITY;
 }
 
-// The least limit in the files of this name of the cgroup (version 2) that this process is in, and of its parents.
-static double limit_of_cgroup(const char *name) {
-    char line[PATH_MAX] = "", file[PATH_MAX + 64];
-    double least = INFINITY;
-    FILE *f = fopen("/proc/self/cgroup", "r");
-    while (f && fgets(line, sizeof line, f) && strncmp(line, "0::/", 4) != 0) *line = 0;    // version 2's only line
+// Is this one of the words that commas separate?
+static bool has_word(const char *words, const char *word) {
+    for (size_t n; *words; words += n + (words[n] == ',')) {
+        n = strcspn(words, ",");
+        if (n == strlen(word) && memcmp(words, word, n) == 0) return true;
+    }
+    return false;
+}
+
+// The path of the cgroup that this process is in: of version 2 (controller ""), or of a controller of version 1. Lines
+// are "number:controllers:path"; "" where there is none. Inside a container the path may be the host's, and the files
+// at the root are the container's own.
+static void cgroup_path(const char *controller, char path[PATH_MAX]) {
+    char line[PATH_MAX + 64];
+    FILE *f = fopen("/proc/self/cgroup", "re");
+    *path = 0;
+    while (f && *path == 0 && fgets(line, sizeof line, f)) {
+        char *controllers = strchr(line, ':'), *at = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (at == NULL) continue;
+        *at = 0;
+        bool here = *controller ? has_word(controllers + 1, controller) : controllers[1] == 0;
+        if (here) snprintf(path, PATH_MAX, "%.*s", (int)strcspn(at + 1, "\n"), at + 1);
+    }
     if (f) fclose(f);
-    char *path = *line ? line + 3 : line;
-    for (path[strcspn(path, "\n")] = 0;; *strrchr(path, '/') = 0) {
-        snprintf(file, sizeof file, "/sys/fs/cgroup%s/%s", path, name);
-        least = fmin(least, limit_in(file));
+}
+
+// The least limit in the files of this name of the cgroup that this process is in, and of its parents; divided by those
+// of `period` where that is not NULL.
+static double limit_of_cgroup(const char *controller, const char *name, const char *period) {
+    char path[PATH_MAX], folder[32] = "";
+    if (*controller) snprintf(folder, sizeof folder, "/%s", controller);
+    double least = INFINITY;
+    for (cgroup_path(controller, path);; *strrchr(path, '/') = 0) {
+        double limit = limit_in(folder, path, name), per = period ? limit_in(folder, path, period) : 1;
+        if (per < INFINITY) least = fmin(least, limit / per);
         if (strrchr(path, '/') == NULL) return least;
     }
 }
@@ -4445,9 +4658,8 @@ static int usable_cpus(void) {
 #ifdef __linux__
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
-    cpus = fmin(cpus, ceil(limit_of_cgroup("cpu.max")));
-    double period = limit_in("/sys/fs/cgroup/cpu/cpu.cfs_period_us");      // version 1
-    if (period < INFINITY) cpus = fmin(cpus, ceil(limit_in("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") / period));
+    cpus = fmin(cpus, ceil(limit_of_cgroup("", "cpu.max", NULL)));
+    cpus = fmin(cpus, ceil(limit_of_cgroup("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")));
 #endif
     return cpus < 1 ? 1 : cpus > 1024 ? 1024 : (int)cpus;
 }
@@ -4456,27 +4668,46 @@ static int usable_cpus(void) {
 static long usual_kv_memory(void) {
     double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
 #ifdef __linux__
-    double limit = limit_of_cgroup("memory.max");
-    if (limit < memory) memory = limit;
+    memory = fmin(memory, limit_of_cgroup("", "memory.max", NULL));
+    memory = fmin(memory, limit_of_cgroup("memory", "memory.limit_in_bytes", NULL));
 #endif
     return (long)(memory / 4);
 }
 
 // ---- 15. Main ----
 
-static void on_bus_error(int number) {
-    (void)number;
-    static const char message[] = "kl3m: the model file was cut or its disk failed while it was in use\n";
+static struct sigaction before_fault;      // what a fault met before we looked
+
+// A model that is cut, or changed in place, while it is mapped is no fault of ours, and said to be the file's. Any other
+// fault goes the way it would have gone.
+static void on_fault(int number) {
+    static const char cut[] = "kl3m: the model file was cut or its disk failed while it was in use\n";
+    static const char changed[] = "kl3m: the model file was changed while it was in use; replace it by a whole new file\n";
+    struct stat now;
+    const struct stat *then = &mapped_file.as_opened;
+    bool same = mapped_file.path && stat(mapped_file.path, &now) == 0 && now.st_ino == then->st_ino &&
+                now.st_size == then->st_size && now.st_mtim.tv_sec == then->st_mtim.tv_sec &&
+                now.st_mtim.tv_nsec == then->st_mtim.tv_nsec;
     if (unfinished_file) unlink(unfinished_file);
-    if (write(STDERR_FILENO, message, sizeof message - 1) < 0) {}
-    _exit(FAILED);
+    if (number == SIGBUS) write_error(cut, sizeof cut - 1);
+    else if (!same) write_error(changed, sizeof changed - 1);
+    if (number == SIGBUS || !same) _exit(FAILED);
+    sigaction(SIGSEGV, &before_fault, NULL);   // the instruction is run again
 }
 
-// The file that runs: on Linux what the kernel says, elsewhere the name it was called by.
+// The file that runs: on Linux what the kernel says, elsewhere the name it was called by, looked up as the shell does.
 static void find_program(const char *name) {
     ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
-    if (n < 0) n = snprintf(program, sizeof program, "%s", name);
-    program[n < (ssize_t)sizeof program ? n : 0] = 0;
+    program[n > 0 ? n : 0] = 0;
+    if (*program) return;
+    snprintf(program, sizeof program, "%s", name);
+    const char *folders = getenv("PATH");
+    if (strchr(name, '/') || folders == NULL) return;
+    for (size_t length; *folders; folders += length + (folders[length] == ':')) {
+        length = strcspn(folders, ":");
+        snprintf(program, sizeof program, "%.*s%s%s", (int)length, folders, length ? "/" : "", name);
+        if (access(program, X_OK) == 0) return;
+    }
 }
 
 static int run_command(void) {
@@ -4485,7 +4716,8 @@ static int run_command(void) {
     Model m = model_open(path);
     const Kernels *kernels = find_kernels();
     keep_denormals();
-    if (kernels->fuses()) die("this program was compiled without -ffp-contract=off, which its results need; build it with make");
+    const char *flaw = kernels->miscompiled();
+    if (flaw) die("this program was compiled %s, which its results need; build it with make", flaw);
     int status;
     if (options.info) status = show_info(&m);
     else if (options.verify) status = verify(&m);
@@ -4505,15 +4737,17 @@ static int run_command(void) {
 
 #ifndef KL3M_TEST   // tests/unit.c includes this file
 int main(int argc, char **argv) {
-    signal(SIGPIPE, SIG_DFL);                  // a closed pipe ends the program quietly, whoever started it
+    hold_standard_streams();
     catch_signals();
-    signal(SIGBUS, on_bus_error);
+    signal(SIGBUS, on_fault);
+    sigaction(SIGSEGV, &(struct sigaction){ .sa_handler = on_fault }, &before_fault);
     parse_options(argc, argv);
     terminal = isatty(STDOUT_FILENO);
     if (options.help) return show_help();
     if (options.version) return show_version();
     find_program(argv[0]);
-    return run_command();
+    int status = run_command();
+    return status == OK && messages_lost ? FAILED : status;
 }
 #endif
 #endif   // not KIND

@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """Turn a GPT-NeoX model in Hugging Face layout into the one flat file that kl3m maps.
 
-In:  a directory with config.json, tokenizer.json and model.safetensors (or its index and shards), or the
-     name of a model on the hub, whose files are found in huggingface_hub's cache or downloaded into it.
-Out: header, section table, then "config", "about", "tokenizer" and the weights as fp32, packed as the
-     forward pass walks them, each at a 64-byte-aligned offset with a checksum (README.md: the format).
+In:  a directory with config.json, tokenizer.json and model.safetensors (or its index and shards),
+     or the name of a model on the hub, whose files are found in huggingface_hub's cache or
+     downloaded into it.
+Out: header, section table, then "config", "about", "tokenizer" and the weights as fp32, packed as
+     the forward pass walks them, each at a 64-byte-aligned offset with a checksum (README.md: the
+     format).
 
 What kl3m would not compute exactly as the reference does is refused by name, before anything is
 written. The same input gives the same bytes. Python 3.9 is all it needs, and room for 32 rows of a
 tensor at a time.
 
-Parts, in order: errors and JSON, progress, config, safetensors, tensor table, weights, tokenizer, hub,
-about, the file, command line. A part calls only parts above it.
+Parts, in order: errors and JSON, progress, config, safetensors, tensor table, weights, tokenizer,
+hub, about, the file, command line. A part calls only parts above it.
 """
 import argparse
 import contextlib
@@ -62,7 +64,7 @@ def expect(ok, what, found, expected, remedy):
 
 
 def parse_object(data, where):
-    """The JSON object in data (bytes). Which of two equal keys counts JSON leaves open: none may."""
+    """The JSON object in data (bytes). Which of two equal keys counts JSON leaves open."""
     def members(pairs):
         [(key, count)] = Counter(key for key, _ in pairs).most_common(1) or [(None, 1)]
         if count > 1:
@@ -78,7 +80,8 @@ def parse_object(data, where):
 
 def read_object(directory, name):
     path = os.path.join(directory, name)
-    expect(os.path.isfile(path), path, None, f"the model's {name}", "pass the directory that has it")
+    expect(os.path.isfile(path), path, None, f"the model's {name}",
+           "pass the directory that has it")
     size = os.path.getsize(path)
     expect(size <= JSON_LIMIT, path, size, f"at most {JSON_LIMIT} bytes", DAMAGED)
     with open(path, "rb") as file:
@@ -105,8 +108,8 @@ def note(text):
 
 
 class Progress:
-    """How far it is: a bar if standard error is a terminal, drawn at most ten times a second, else a line
-    every ten seconds."""
+    """How far it is: a bar if standard error is a terminal, drawn at most ten times a second, else
+    a line every ten seconds."""
 
     def __init__(self, total, done=0):
         self.total, self.first, self.start = total, done, time.monotonic()
@@ -132,8 +135,9 @@ class Progress:
 
 # ---- Config ----
 
-Config = namedtuple("Config", "hidden layers heads kv_heads head_size rotary_dims intermediate vocab "
-                              "context parallel_residual rotary_base eps")   # as they lie in the file
+# As they lie in the file.
+Config = namedtuple("Config", "hidden layers heads kv_heads head_size rotary_dims intermediate "
+                              "vocab context parallel_residual rotary_base eps")
 
 NOT_COMPUTED = "kl3m computes nothing else"
 # The most that kl3m's read_config takes.
@@ -141,7 +145,8 @@ SIZES = {"hidden_size": 1 << 16, "num_hidden_layers": 1 << 12, "num_attention_he
          "intermediate_size": 1 << 18, "vocab_size": 1 << 22, "max_position_embeddings": 1 << 20}
 HEAD_SIZE_LIMIT = 1 << 12
 # Where kl3m computes one value only; it is also what transformers takes for a missing field.
-FIXED = {"model_type": "gpt_neox", "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False}
+FIXED = {"model_type": "gpt_neox", "hidden_act": "gelu", "attention_bias": True,
+         "tie_word_embeddings": False}
 ROPE_NUMBERS = ("partial_rotary_factor", "rope_theta")
 
 
@@ -163,7 +168,8 @@ def number_field(config, names, default, least, most):
         ok = type(value) in (int, float) and least <= value <= most   # NaN fails every comparison
         expect_field(ok, name, value, f"a number from {least} to {most}")
         other = next(iter(found))
-        expect_field(value == found[other], name, value, f"{found[other]} as in {other}", "make them agree")
+        expect_field(value == found[other], name, value, f"{found[other]} as in {other}",
+                     "make them agree")
     return float(next(iter(found.values()), default))
 
 
@@ -171,14 +177,17 @@ def read_config(config):
     """config.json as a Config; kv_heads stays 0, since only the tensors tell it."""
     for name, only in FIXED.items():
         value = config.get(name, only)
-        expect_field(type(value) is type(only) and value == only, name, value, show(only), NOT_COMPUTED)
+        ok = type(value) is type(only) and value == only
+        expect_field(ok, name, value, show(only), NOT_COMPUTED)
     parallel = config.get("use_parallel_residual", True)
     expect_field(type(parallel) is bool, "use_parallel_residual", parallel, "true or false")
     for name, most in SIZES.items():
         value = config.get(name)
-        expect_field(is_count(value) and 1 <= value <= most, name, value, f"a whole number from 1 to {most}")
+        expect_field(is_count(value) and 1 <= value <= most, name, value,
+                     f"a whole number from 1 to {most}")
     hidden, layers, heads, intermediate, vocab, context = (config[name] for name in SIZES)
-    expect_field(hidden % heads == 0, "hidden_size", hidden, f"a multiple of num_attention_heads {heads}")
+    expect_field(hidden % heads == 0, "hidden_size", hidden,
+                 f"a multiple of num_attention_heads {heads}")
     for place in ("rope_parameters", "rope_scaling"):
         fields = {} if config.get(place) is None else config[place]
         expect_field(isinstance(fields, dict), place, fields, "null or an object", NOT_COMPUTED)
@@ -191,7 +200,8 @@ def read_config(config):
     share = number_field(config, ("rotary_pct", "partial_rotary_factor"), 0.25, 0, 1)
     rotary_dims = int(head_size * share)
     expect_field(rotary_dims % 2 == 0, "rotary_pct (partial_rotary_factor)", share,
-                 f"an even number of rotary dimensions, not {rotary_dims} of {head_size}", NOT_COMPUTED)
+                 f"an even number of rotary dimensions, not {rotary_dims} of {head_size}",
+                 NOT_COMPUTED)
     base = number_field(config, ("rotary_emb_base", "rope_theta"), 10000, 1, 1e12)
     eps = number_field(config, ("layer_norm_eps",), 1e-5, 1e-30, 1)
     return Config(hidden, layers, heads, 0, head_size, rotary_dims, intermediate, vocab, context,
@@ -214,7 +224,7 @@ MIXED = "index and shards are of different models: download them again"
 
 
 def read_safetensors(path):
-    """{name: Tensor} of one file without buffers. Its tensors must cover the data, without overlap."""
+    """{name: Tensor} of one file without buffers. Its tensors must cover the data, none overlap."""
     expect(os.path.isfile(path), path, None, "a file", "download it")
     file_size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -223,7 +233,8 @@ def read_safetensors(path):
                f"a header's size that fits a file of {file_size} bytes", DAMAGED)
         header = parse_object(file.read(data_start - 8), f"{path}: header")
     header.pop("__metadata__", None)
-    tensors = [read_entry(path, name, entry, data_start, file_size) for name, entry in header.items()]
+    tensors = [read_entry(path, name, entry, data_start, file_size)
+               for name, entry in header.items()]
     end = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
         expect(tensor.offset == end, f"{path}: {show(tensor.name)}: offset", tensor.offset,
@@ -239,7 +250,8 @@ def read_entry(path, name, entry, data_start, file_size):
     ok = (isinstance(dtype, str) and isinstance(shape, list) and all(map(is_count, shape))
           and isinstance(ends, list) and all(map(is_count, ends)) and len(ends) == 2
           and ends[0] <= ends[1] <= file_size - data_start)
-    expect(ok, f"{path}: {show(name)}", entry, "dtype, shape and data_offsets inside the file", DAMAGED)
+    expect(ok, f"{path}: {show(name)}", entry, "dtype, shape and data_offsets inside the file",
+           DAMAGED)
     return Tensor(name, path, dtype, shape, data_start + ends[0], ends[1] - ends[0])
 
 
@@ -248,8 +260,8 @@ def read_index(directory):
     shard_of = read_object(directory, INDEX).get("weight_map")
     expect(isinstance(shard_of, dict), f"{INDEX}: weight_map", shard_of, "an object", DAMAGED)
     for name, shard in shard_of.items():
-        expect(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard), f"{INDEX}: {show(name)}",
-               shard, "a plain file name", DAMAGED)
+        expect(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard),
+               f"{INDEX}: {show(name)}", shard, "a plain file name", DAMAGED)
     return shard_of
 
 
@@ -262,10 +274,12 @@ def read_tensors(directory):
     tensors = {}
     for shard in sorted(set(shard_of.values())):
         for name, tensor in read_safetensors(os.path.join(directory, shard)).items():
-            expect(shard_of.get(name) == shard, f"{INDEX}: {show(name)}", shard_of.get(name), shard, MIXED)
+            found = shard_of.get(name)
+            expect(found == shard, f"{INDEX}: {show(name)}", found, shard, MIXED)
             tensors[name] = tensor
     for name, shard in shard_of.items():
-        expect(name in tensors or BUFFER.fullmatch(name), f"{shard}: {show(name)}", None, "the tensor", MIXED)
+        expect(name in tensors or BUFFER.fullmatch(name), f"{shard}: {show(name)}", None,
+               "the tensor", MIXED)
     return tensors
 
 
@@ -305,7 +319,7 @@ def tensor_table(config):
 
 
 def count_kv_heads(config, tensors):
-    """From the rows of the first query_key_value.weight; the reference ignores num_key_value_heads."""
+    """From the rows of the first query_key_value; the reference ignores num_key_value_heads."""
     name = f"gpt_neox.layers.0.{QKV}.weight"
     shape = tensors[name].shape if name in tensors else None
     rows = shape[0] if shape else 0
@@ -313,8 +327,8 @@ def count_kv_heads(config, tensors):
         return config.heads
     kv_heads, rest = divmod(rows - config.hidden, 2 * config.head_size)
     expect(rest == 0 and kv_heads > 0 and config.heads % kv_heads == 0, name, shape,
-           f"{3 * config.hidden} rows (multi-head) or {config.hidden} + {2 * config.head_size} for each "
-           f"key-value head, whose number divides {config.heads}", ANOTHER)
+           f"{3 * config.hidden} rows (multi-head) or {config.hidden} + {2 * config.head_size} for "
+           f"each key-value head, whose number divides {config.heads}", ANOTHER)
     return kv_heads
 
 
@@ -335,10 +349,10 @@ def check_tensors(config, tensors):
 
 
 # ---- Weights ----
-# Numbers pass as fp32 bits in arrays of 4-byte integers, little-endian as in the source and the file:
-# they are moved, never computed with, so this machine's byte order does not matter.
+# Numbers pass as fp32 bits in arrays of 4-byte integers, little-endian as in the source and the
+# file: they are moved, never computed with, so this machine's byte order does not matter.
 
-BLOCK = 32   # rows read and packed at a time; rows of panels and vectors are padded to a multiple of it
+BLOCK = 32   # rows read and packed at a time; panels and vectors are padded to a multiple of it
 LANES = 16   # rows that lie side by side in a panel
 
 
@@ -379,7 +393,7 @@ def read_rows(file, tensor, numbers, cols):
 
 
 def fp32_bits(raw, tensor):
-    """Bytes of a tensor as fp32 bits: every F16 and BF16 is a number of fp32 too. All must be finite."""
+    """Bytes of a tensor as fp32 bits: each F16 and BF16 is a number of fp32 too. All are finite."""
     if tensor.dtype == "F16":
         count = len(raw) // 2
         raw = struct.pack(f"<{count}f", *struct.unpack(f"<{count}e", raw))
@@ -390,7 +404,8 @@ def fp32_bits(raw, tensor):
     top = raw[3::4]   # sign and seven bits of exponent; all seven set means 1.7e38 or more
     if b"\x7f" in top or b"\xff" in top:
         for value in struct.unpack(f"<{len(top)}f", raw):
-            expect(math.isfinite(value), tensor.name, value, "finite numbers", "the weights are damaged")
+            expect(math.isfinite(value), tensor.name, value, "finite numbers",
+                   "the weights are damaged")
     return array("I", raw)
 
 
@@ -423,7 +438,7 @@ Added = namedtuple("Added", "id content normalized special")
 
 NOBODY = 0xFFFFFFFF    # no token, an empty slot
 EARLY, LATE = 0, 1     # roots of the tries: added tokens matched before the others, the others
-BASE_MODEL = "use the tokenizer.json of the base model"   # a folder saved again often has another one
+BASE_MODEL = "use the tokenizer.json of the base model"   # a folder saved again often has another
 
 # Part, field, what the library takes for a missing one, what kl3m computes.
 STAGES = (("pre_tokenizer", "type", None, ["ByteLevel"]),
@@ -443,8 +458,8 @@ def expect_part(ok, name, found, expected):
 
 
 def byte_alphabet():
-    """GPT-2's alphabet, {character: byte} by byte: printable Latin-1 stands for itself, the other 68
-    bytes for the characters from U+0100 on."""
+    """GPT-2's alphabet, {character: byte} by byte: printable Latin-1 stands for itself, the other
+    68 bytes for the characters from U+0100 on."""
     shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 324))
     return {chr(byte if byte in shown else next(others)): byte for byte in range(256)}
@@ -461,7 +476,7 @@ def utf8(token):
 
 
 def decoded(token):
-    """What a token decodes to: bytes by the alphabet, or its own UTF-8 where a character leaves that."""
+    """What a token decodes to: bytes by the alphabet, or its own UTF-8 if a character leaves it."""
     return bytes(map(BYTE_OF.get, token)) if BYTE_OF.keys() >= set(token) else utf8(token)
 
 
@@ -470,8 +485,10 @@ def adds_nothing(step):
     if step.get("type") == "ByteLevel":   # it moves offsets only
         return True
     pieces = step.get("single") if step.get("type") == "TemplateProcessing" else None
-    return (isinstance(pieces, list) and len(pieces) == 1 and isinstance(pieces[0], dict)
-            and isinstance(pieces[0].get("Sequence"), dict) and pieces[0]["Sequence"].get("id") == "A")
+    if not (isinstance(pieces, list) and len(pieces) == 1 and isinstance(pieces[0], dict)):
+        return False
+    text = pieces[0].get("Sequence")
+    return isinstance(text, dict) and text.get("id") == "A"
 
 
 def check_stages(tokenizer):
@@ -486,7 +503,8 @@ def check_stages(tokenizer):
     post = tokenizer.get("post_processor")
     sequence = isinstance(post, dict) and post.get("type") == "Sequence"
     steps = post.get("processors") if sequence else [post] if post is not None else []
-    ok = isinstance(steps, list) and all(isinstance(step, dict) and adds_nothing(step) for step in steps)
+    ok = isinstance(steps, list) and all(
+        isinstance(step, dict) and adds_nothing(step) for step in steps)
     expect_part(ok, "post_processor", post, "one that adds no tokens")
 
 
@@ -503,19 +521,22 @@ def read_vocab(model, rows):
     for token, number in vocab.items():
         check_id(token, number, rows)
         ok = owner.setdefault(number, token) == token
-        expect_part(ok, f"id of {show(token)}", number, f"another than that of {show(owner[number])}")
+        expect_part(ok, f"id of {show(token)}", number,
+                    f"another than that of {show(owner[number])}")
     for token, byte in BYTE_OF.items():
-        expect_part(token in vocab, f"model.vocab: {show(token)}", None, f"the token of byte {byte}")
+        expect_part(token in vocab, f"model.vocab: {show(token)}", None,
+                    f"the token of byte {byte}")
     return vocab
 
 
 def read_merges(model, vocab):
-    """{(left id, right id): (rank, merged id)}; of two equal pairs the last counts, as in the library."""
+    """{(left id, right id): (rank, merged id)}; of two equal pairs the last counts, as there."""
     merges, table = model.get("merges"), {}
     expect_part(isinstance(merges, list), "model.merges", merges, "a list")
     for rank, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        ok = isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        ok = (isinstance(pair, list) and len(pair) == 2
+              and all(isinstance(part, str) for part in pair))
         expect_part(ok, f"merge {rank}", merge, '"a b" or ["a", "b"]')
         left, right = pair
         for token in (left, right, left + right):
@@ -525,8 +546,8 @@ def read_merges(model, vocab):
 
 
 def read_added(tokenizer, vocab, rows):
-    """added_tokens as Added, held to the ids that the library gives them whatever the file says: the
-    vocabulary's, or else the next free one."""
+    """added_tokens as Added, held to the ids that the library gives them whatever the file says:
+    the vocabulary's, or else the next free one."""
     entries = tokenizer.get("added_tokens")
     expect_part(isinstance(entries, list), "added_tokens", entries, "a list")
     owner, added = {number: token for token, number in vocab.items()}, {}
@@ -539,11 +560,13 @@ def read_added(tokenizer, vocab, rows):
         for name in ("single_word", "lstrip", "rstrip"):
             expect_part(fields.get(name) is False, f"{where}: {name}", fields.get(name), "false")
         for name in ("normalized", "special"):
-            expect_part(type(fields.get(name)) is bool, f"{where}: {name}", fields.get(name), "true or false")
+            value = fields.get(name)
+            expect_part(type(value) is bool, f"{where}: {name}", value, "true or false")
         check_id(token.content, token.id, rows)
         expected = vocab.get(token.content, next_id)
         ok = token.id == expected and token.content not in added
-        expect_part(ok, f"{where}: id", token.id, f"{expected} as the tokenizers library numbers it, once")
+        expect_part(ok, f"{where}: id", token.id,
+                    f"{expected} as the tokenizers library numbers it, once")
         ok = owner.setdefault(token.id, token.content) == token.content
         expect_part(ok, f"{where}: id", token.id, f"another than that of {show(owner[token.id])}")
         next_id = max(next_id, token.id + 1)
@@ -568,7 +591,7 @@ def hash_table(entries):
 
 
 def build_tries(added):
-    """Tries over the UTF-8 of the added tokens: {(node, byte): (child, 0)}, [token ending at a node]."""
+    """Tries over the UTF-8 of the added tokens: {(node, byte): (child, 0)}, [token of a node]."""
     edges, node_token = {}, [NOBODY, NOBODY]
     for token in added:
         node = LATE if token.normalized else EARLY
@@ -598,18 +621,19 @@ def tokenizer_section(tokenizer, rows):
     offsets = [0]
     for text in texts:
         offsets.append(offsets[-1] + len(text))
-    header = struct.pack("<8s7I28x", b"BPETOK1\n", len(texts), merge_slots, trie_slots, len(node_token),
-                         EARLY, LATE, offsets[-1])
+    header = struct.pack("<8s7I28x", b"BPETOK1\n", len(texts), merge_slots, trie_slots,
+                         len(node_token), EARLY, LATE, offsets[-1])
     byte_tokens = [vocab[token] for token in BYTE_OF]
-    return b"".join([header, merges, trie, u32s(node_token), u32s(byte_tokens), u32s(offsets), flags, *texts])
+    numbers = map(u32s, (node_token, byte_tokens, offsets))
+    return b"".join([header, merges, trie, *numbers, flags, *texts])
 
 
 # ---- Hub ----
-# The cache is huggingface_hub's own: each finds what the other downloaded. A model's folder there has
-# blobs/ETAG, snapshots/COMMIT/FILE -> ../../blobs/ETAG, and refs/REVISION with the commit it stands for.
-# blobs/ETAG.incomplete is what came so far; the next run goes on with it.
+# The cache is huggingface_hub's own: each finds what the other downloaded. A model's folder there
+# has blobs/ETAG, snapshots/COMMIT/FILE -> ../../blobs/ETAG, and refs/REVISION with the commit it
+# stands for. blobs/ETAG.incomplete is what came so far; the next run goes on with it.
 
-Source = namedtuple("Source", "directory name revision")   # real path; the name is the hub's if known
+Source = namedtuple("Source", "directory name revision")   # real path; the hub's name if known
 Remote = namedtuple("Remote", "name commit etag size")     # a file as the hub describes it
 
 TRIES = 6            # in a row without a new byte before we give up
@@ -621,7 +645,8 @@ CHUNK = 1 << 16      # bytes at a time
 
 COMMIT = "[0-9a-f]{40}"
 NO_HUB = "this is not how a hub answers: check HF_ENDPOINT and the network"
-NO_ADDRESS = "HF_ENDPOINT, a proxy or a redirect is not an address like https://HOST/...; correct it"
+NO_ADDRESS = ("HF_ENDPOINT, a proxy or a redirect is not an address like https://HOST/...; "
+              "correct it")
 
 
 class Broken(Exception):
@@ -633,7 +658,7 @@ class Missing(ExportError):
 
 
 def switched_on(*names):
-    """Whether the first of these variables that is not empty says yes, in huggingface_hub's words."""
+    """Whether the first of these that is not empty says yes, in huggingface_hub's words."""
     values = [os.environ[name] for name in names if os.environ.get(name)]
     return bool(values) and values[0].upper() in ("1", "ON", "YES", "TRUE")
 
@@ -653,12 +678,13 @@ def hub_token(home):
             token = file.read()
     token = token.replace("\r", "").replace("\n", "").strip()
     if not (token.isascii() and token.isprintable()):   # http.client would show it in its complaint
-        raise ExportError("HF_TOKEN or the token's file has characters that no token has; correct it")
+        raise ExportError("HF_TOKEN or the token's file has characters that no token has; "
+                          "correct it")
     return token
 
 
 def address(text, base=""):
-    """A full address and its (scheme, host, port). A bad one is not shown: it may hold a signature."""
+    """A full address and its (scheme, host, port). A bad one is not shown: it may be signed."""
     try:
         url = urllib.parse.urljoin(base, text)
         parts = urllib.parse.urlsplit(url)
@@ -683,7 +709,8 @@ def retry_after(answer):
 
 
 def persist(what, action, reached=lambda: 0):
-    """action(), tried again after faults that may pass; a try after which reached() is more was not in vain."""
+    """action(), tried again after faults that may pass; a try after which reached() is more was
+    not in vain."""
     tries, best = 0, reached()
     while True:
         try:
@@ -693,11 +720,17 @@ def persist(what, action, reached=lambda: 0):
         now = reached()
         tries, best = 1 if now > best else tries + 1, max(now, best)
         if tries == TRIES:
-            raise ExportError(f"{what}: {fault}; given up after {tries} tries; run it again later, the download "
-                              "goes on where it stopped")
-        wait = BACK_OFF * 2 ** (tries - 1) * random.uniform(0.5, 1) if wait is None else min(wait, LONGEST_WAIT)
+            raise ExportError(f"{what}: {fault}; given up after {tries} tries; run it again later, "
+                              "the download goes on where it stopped")
+        if wait is None:
+            wait = BACK_OFF * 2 ** (tries - 1) * random.uniform(0.5, 1)
+        wait = min(wait, LONGEST_WAIT)
         note(f"{what}: {fault}; next try in {wait:.0f} s")
         time.sleep(wait)
+
+
+def open_or_create(path, flags):
+    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 def is_whole(path, size):
@@ -705,7 +738,7 @@ def is_whole(path, size):
 
 
 def has_hash(path, etag):
-    """Whether this is the file that the hub means: by its sha256, or by the hash that git has for it."""
+    """Whether this is the file that the hub means: by its sha256, or by git's hash of it."""
     digest = hashlib.sha256()
     if len(etag) == 40:
         digest = hashlib.sha1(b"blob %d\0" % os.path.getsize(path), usedforsecurity=False)
@@ -735,14 +768,17 @@ class Hub:
         self.model, self.folder, self.token = model, folder, token
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.home = address(self.endpoint)[1]
-        # With these handlers alone there is no file: or ftp:, and no redirect that we have not looked at.
+        # With these handlers alone there is no file: or ftp:, and no redirect that we have not
+        # looked at.
         self.opener = urllib.request.OpenerDirector()
-        for handler in urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler:
+        for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler,
+                        urllib.request.HTTPSHandler):
             self.opener.add_handler(handler())
 
     def request(self, method, url, where, headers):
         """One answer, whatever its status. The token goes to the hub alone."""
-        request = urllib.request.Request(url, None, {"User-Agent": PROGRAM, **headers}, method=method)
+        headers = {"User-Agent": PROGRAM, **headers}
+        request = urllib.request.Request(url, None, headers, method=method)
         if self.token and where == self.home:
             request.add_header("Authorization", f"Bearer {self.token}")
         try:
@@ -750,16 +786,17 @@ class Hub:
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)   # inside what urllib makes of it
             if isinstance(reason, ssl.SSLCertVerificationError):
-                raise ExportError(f"{where[1]}: {reason}; if your network has a certificate of its own, SSL_CERT_FILE "
-                                  "is for it")
+                raise ExportError(f"{where[1]}: {reason}; if your network has a certificate of its "
+                                  "own, SSL_CERT_FILE is for it")
             raise Broken(f"{where[1]}: {str(reason) or type(reason).__name__}", None)
         except ValueError:
             raise ExportError(NO_ADDRESS)
 
     def ask(self, method, name, revision, headers):
-        """The answer after all redirects. That to HEAD is the hub's own, which describes the file, and not
-        the one of another host where the file itself is."""
-        url, here = address("/".join((self.endpoint, self.model, "resolve", urllib.parse.quote(revision, safe=""),
+        """The answer after all redirects. That to HEAD is the hub's own, which describes the file,
+        and not the one of another host where the file itself is."""
+        revision_part = urllib.parse.quote(revision, safe="")
+        url, here = address("/".join((self.endpoint, self.model, "resolve", revision_part,
                                       urllib.parse.quote(name))))
         for _ in range(REDIRECTS):
             answer = self.request(method, url, here, headers)
@@ -777,15 +814,16 @@ class Hub:
     def checked(self, answer, what):
         """The answer, if its status is not that of a failure."""
         status = answer.status
-        if status < 400 or status == 416:   # 416: the partial file is not the beginning of the server's
+        if status < 400 or status == 416:   # 416: the partial file is no beginning of the server's
             return answer
         answer.close()
         if status == 404:
             raise Missing(f"{self.endpoint} has no {what}; check the name and --revision")
         if status in (401, 403):
-            raise ExportError(f"{self.endpoint} does not give us {what} ({status}); check the name; if the model is "
-                              f"private or gated, accept the conditions on {self.endpoint}/{self.model} and set "
-                              f"HF_TOKEN to {'another' if self.token else 'a'} token that may read it")
+            raise ExportError(f"{self.endpoint} does not give us {what} ({status}); check the "
+                              "name; if the model is private or gated, accept the conditions on "
+                              f"{self.endpoint}/{self.model} and set HF_TOKEN to "
+                              f"{'another' if self.token else 'a'} token that may read it")
         if status in (408, 429) or status >= 500:
             raise Broken(f"the server answers {status}", retry_after(answer))
         raise ExportError(f"{self.endpoint} answers {status} for {what}; {NO_HUB}")
@@ -797,12 +835,14 @@ class Hub:
         headers = answer.headers
         commit = headers.get("X-Repo-Commit", "")
         etag = (headers.get("X-Linked-Etag") or headers.get("ETag", "")).lstrip("W/").strip('"')
-        own_length = headers.get("Content-Length", "") if answer.status == 200 else ""   # else a redirect's
-        size = headers.get("X-Linked-Size") or own_length
+        size = headers.get("X-Linked-Size", "")
+        if not size and answer.status == 200:   # else it is the length of a redirect
+            size = headers.get("Content-Length", "")
         for what, found, expected in (
                 ("X-Repo-Commit", commit, revision if re.fullmatch(COMMIT, revision) else COMMIT),
                 ("ETag", etag, COMMIT + "|[0-9a-f]{64}"), ("size", size, "[0-9]{1,15}")):
-            expect(re.fullmatch(expected, found), f"{self.endpoint}: {name}: {what}", found, expected, NO_HUB)
+            expect(re.fullmatch(expected, found), f"{self.endpoint}: {name}: {what}", found,
+                   expected, NO_HUB)
         return Remote(name, commit, etag, int(size))
 
     def receive(self, remote, file, progress):
@@ -811,16 +851,19 @@ class Hub:
         if done >= remote.size:
             file.truncate(remote.size)
             return
-        with self.ask("GET", remote.name, remote.commit, {"Range": f"bytes={done}-"} if done else {}) as answer:
-            part = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-            if answer.status == 200:   # the whole file, whatever was asked for: it goes over what we have
+        rest = {"Range": f"bytes={done}-"} if done else {}
+        with self.ask("GET", remote.name, remote.commit, rest) as answer:
+            content_range = answer.headers.get("Content-Range", "")
+            part = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range)
+            if answer.status == 200:   # the whole file, whatever we asked for: over what we have
                 done = file.seek(0)
                 total = answer.headers.get("Content-Length", "*")
             elif answer.status == 206 and part and part[1] == str(done):
                 total = part[2]
             else:
                 file.truncate(0)   # the next request is for the whole
-                raise Broken(f"the server does not send the bytes from {done} on ({answer.status})", None)
+                raise Broken(f"the server does not send the bytes from {done} on "
+                             f"({answer.status})", None)
             if total not in ("*", str(remote.size)):
                 raise Broken(f"the server announces {show(total)} bytes, not {remote.size}", None)
             while done < remote.size:
@@ -840,9 +883,10 @@ class Hub:
         if is_whole(blob, remote.size):
             return
         for last in (False, True):
-            with open(partial, "r+b", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as file:
+            with open(partial, "r+b", opener=open_or_create) as file:
                 progress = Progress(remote.size, file.seek(0, os.SEEK_END))
-                persist(remote.name, lambda: self.receive(remote, file, progress), lambda: file.seek(0, os.SEEK_END))
+                persist(remote.name, lambda: self.receive(remote, file, progress),
+                        lambda: file.seek(0, os.SEEK_END))
                 file.flush()
                 os.fsync(file.fileno())
             if has_hash(partial, remote.etag):
@@ -851,14 +895,16 @@ class Hub:
             os.unlink(partial)
             if not last:
                 note(f"{remote.name}: what came is damaged; once more from the start")
-        raise ExportError(f"{remote.name}: twice what came has not the hash {remote.etag}; try again later")
+        raise ExportError(f"{remote.name}: twice what came has not the hash {remote.etag}; "
+                          "try again later")
 
     def fetch_all(self, remotes, snapshot):
         """Those of the files that the snapshot lacks, as names of blobs."""
         blobs = os.path.join(self.folder, "blobs")
         os.makedirs(blobs, exist_ok=True)
         os.makedirs(snapshot, exist_ok=True)
-        files = [(remote, os.path.join(blobs, remote.etag), os.path.join(snapshot, remote.name)) for remote in remotes]
+        files = [(remote, os.path.join(blobs, remote.etag), os.path.join(snapshot, remote.name))
+                 for remote in remotes]
         needed = 0
         for remote, blob, name in files:
             if not is_whole(blob, remote.size) and not is_whole(name, remote.size):
@@ -893,7 +939,7 @@ class Hub:
         if weights.name == INDEX:
             shards = sorted(set(read_index(snapshot).values()))
             self.fetch_all([self.describe(shard, config.commit) for shard in shards], snapshot)
-        if revision != config.commit:   # at last: until now it may have stood for another whole snapshot
+        if revision != config.commit:   # at last: it may have stood for another whole snapshot
             ref = os.path.join(self.folder, "refs", revision)
             os.makedirs(os.path.dirname(ref), exist_ok=True)
             with open(f"{ref}.{secrets.token_hex(4)}.tmp", "w") as file:
@@ -920,22 +966,26 @@ def cached_snapshot(folder, revision):
 
 def hub_snapshot(model, revision):
     """The directory of a model's snapshot in the cache, downloaded if it is not there."""
-    ok = re.fullmatch(r"\b[\w.-]+\b/\b[\w.-]+\b", model, re.ASCII) and "--" not in model and ".." not in model
-    expect(ok, "SOURCE", model, "a directory, or a name on the hub like org/model", "correct it")
-    ok = not {"", ".", ".."} & set(revision.split("/")) and revision.isprintable() and "\\" not in revision
-    expect(ok, "--revision", revision, "a branch, a tag or a commit", "correct it")
-    home = path_setting("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    ok = re.fullmatch(r"\b[\w.-]+\b/\b[\w.-]+\b", model, re.ASCII)
+    expect(ok and "--" not in model and ".." not in model, "SOURCE", model,
+           "a directory, or a name on the hub like org/model", "correct it")
+    ok = not {"", ".", ".."} & set(revision.split("/")) and revision.isprintable()
+    expect(ok and "\\" not in revision, "--revision", revision, "a branch, a tag or a commit",
+           "correct it")
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = path_setting("HF_HOME", os.path.join(caches, "huggingface"))
     cache = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))   # its older name
     cache = path_setting("HF_HUB_CACHE", cache)
     folder = os.path.join(cache, "models--" + model.replace("/", "--"))
     snapshot = cached_snapshot(folder, revision)
     if snapshot is None and switched_on("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        raise ExportError(f"{model} at revision {revision} is not whole in {folder}; unset HF_HUB_OFFLINE")
+        raise ExportError(f"{model} at revision {revision} is not whole in {folder}; unset "
+                          "HF_HUB_OFFLINE")
     try:
         return snapshot or Hub(model, folder, hub_token(home)).download(revision)
     except OSError as error:   # the disk's: those of the network are dealt with above
-        raise ExportError(f"cannot download to {folder}: {error}; make room or set HF_HOME, and run it again: the "
-                          "download goes on where it stopped")
+        raise ExportError(f"cannot download to {folder}: {error}; make room or set HF_HOME, and "
+                          "run it again: the download goes on where it stopped")
 
 
 def resolve(source, revision):
@@ -950,11 +1000,11 @@ def resolve(source, revision):
 # ---- About ----
 
 KL3M = {"license": "CC-BY 4.0",
-        "attribution": "KL3M model by the ALEA Institute (https://aleainstitute.ai), licensed under CC-BY "
-                       "4.0; this file holds its values in another layout",
+        "attribution": "KL3M model by the ALEA Institute (https://aleainstitute.ai), licensed "
+                       "under CC-BY 4.0; this file holds its values in another layout",
         "citation": "Bommarito, Katz, Bommarito: KL3M Tokenizers: A Family of Domain-Specific and "
-                    "Character-Level Tokenizers for Legal, Financial, and Preprocessing Applications, "
-                    "2025, arXiv:2503.17247"}
+                    "Character-Level Tokenizers for Legal, Financial, and Preprocessing "
+                    "Applications, 2025, arXiv:2503.17247"}
 
 
 def card_license(directory):
@@ -974,35 +1024,40 @@ def about_section(source, config):
     called = config.get("_name_or_path")
     called = called.rstrip("/") if isinstance(called, str) else ""
     name = os.path.basename(called or source.name)
-    about = {"name": name, "source": source.name if called in source.name else f"{source.name} ({called})",
+    about = {"name": name,
+             "source": source.name if called in source.name else f"{source.name} ({called})",
              "revision": source.revision, "license": "unknown", "attribution": "unknown",
              "citation": "unknown", "exporter": f"{PROGRAM}, format {FORMAT_VERSION}"}
     if name.lower().startswith("kl3m"):
         about.update(KL3M)
     about["license"] = card_license(source.directory) or about["license"]
-    lines = (f"{key}\t" + re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", value) for key, value in about.items())
+    lines = (f"{key}\t" + re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", value)
+             for key, value in about.items())
     return "".join(line + "\n" for line in lines).encode("utf-8", "replace")
 
 
 # ---- The file ----
 
-Section = namedtuple("Section", "name type rows cols layout size blocks")   # blocks: iterable of bytes
+# blocks: an iterable of bytes.
+Section = namedtuple("Section", "name type rows cols layout size blocks")
 
 BYTES, F32 = 0, 1   # section types
 
 
 def read_sections(source):
-    """All sections in order, everything checked; weights are read when their blocks are asked for."""
+    """All sections in order, all checked; weights are read when their blocks are asked for."""
     config_json = read_object(source.directory, "config.json")
     config = read_config(config_json)
     tensors = read_tensors(source.directory)
     config = config._replace(kv_heads=count_kv_heads(config, tensors))
     check_tensors(config, tensors)
+    tokenizer = tokenizer_section(read_object(source.directory, "tokenizer.json"), config.vocab)
     texts = {"config": config_section(config), "about": about_section(source, config_json),
-             "tokenizer": tokenizer_section(read_object(source.directory, "tokenizer.json"), config.vocab)}
+             "tokenizer": tokenizer}
     return [Section(name, BYTES, 0, 0, 0, len(data), [data]) for name, data in texts.items()] + [
-        Section(weight.name, F32, weight.rows, weight.cols, int(weight.kind == PANELS), weight_size(weight),
-                weight_blocks(config, weight, tensors[weight.source])) for weight in tensor_table(config)]
+        Section(weight.name, F32, weight.rows, weight.cols, int(weight.kind == PANELS),
+                weight_size(weight), weight_blocks(config, weight, tensors[weight.source]))
+        for weight in tensor_table(config)]
 
 
 def place(sections):
@@ -1020,8 +1075,8 @@ HUGE_PAGE = 2 << 20   # bytes
 def write_sections(file, sections, progress):
     """The sections, then, with their checksums known, header and table in front of them.
 
-    Writes begin and end at multiples of 2 MB: Linux (from 6.16 on, on ext4) then keeps the file in huge pages, and kl3m
-    maps it with a tenth of the page faults."""
+    Writes begin and end at multiples of 2 MB: Linux (from 6.16 on, on ext4) then keeps the file in
+    huge pages, and kl3m maps it with a tenth of the page faults."""
     offsets, file_size = place(sections)
     table, written, waiting = b"", 0, bytearray()
     for section, offset in zip(sections, offsets):
@@ -1050,7 +1105,8 @@ def check_target(out, needed):
     what, other, plain = f"cannot write {out}", "pass another -o", os.path.isfile(path)
     expect(os.path.isdir(folder), what, folder, "a directory", "create it")
     expect(plain or not os.path.exists(path), what, path, "a plain file or a new one", other)
-    expect(not path.endswith((".json", ".safetensors")), what, path, "no name of a source's file", other)
+    expect(not path.endswith((".json", ".safetensors")), what, path, "no name of a source's file",
+           other)
     free = shutil.disk_usage(folder).free
     expect(free >= needed, what, free, f"{needed} bytes of room", "make room or " + other)
     return path
@@ -1103,13 +1159,16 @@ def main():
     sys.stderr = sys.stderr or open(os.devnull, "w")   # it may have been closed
     parser = argparse.ArgumentParser(
         prog=PROGRAM, allow_abbrev=False,
-        description="Turn a GPT-NeoX model in Hugging Face layout into the one file that kl3m reads.")
-    parser.add_argument("source", metavar="SOURCE", help="directory with config.json, tokenizer.json and "
-                        "model.safetensors (or its index and shards), or a model on the hub such as "
-                        "alea-institute/kl3m-002-170m")
-    parser.add_argument("-o", "--output", metavar="OUT", help="the file to write (default: the hub name's last "
-                        "part, or the base name of the directory's real path, + .bin, in the current directory)")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")
+        description="Turn a GPT-NeoX model in Hugging Face layout into the one file that kl3m "
+                    "reads.")
+    parser.add_argument("source", metavar="SOURCE", help="directory with config.json, "
+                        "tokenizer.json and model.safetensors (or its index and shards), or a "
+                        "model on the hub such as alea-institute/kl3m-002-170m")
+    parser.add_argument("-o", "--output", metavar="OUT", help="the file to write (default: the hub "
+                        "name's last part, or the base name of the directory's real path, + .bin, "
+                        "in the current directory)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub "
+                        "(default: main)")
     arguments = parser.parse_args()
     revision = "main" if arguments.revision is None else arguments.revision
     if arguments.revision is not None and os.path.isdir(arguments.source):

@@ -3,6 +3,7 @@
 The reader follows the README's description of the format and shares nothing with the exporter.
 Most cases call the exporter's main() in this process, which is quicker than a process for each.
 """
+import ast
 import contextlib
 import copy
 import functools
@@ -283,6 +284,18 @@ def raw(name, change):
     def spoil(source):
         source.change_bytes[name] = change
     return spoil
+
+
+# ---- Form -------------------------------------------------------------------------------------
+
+@test("the exporter's lines have at most 100 columns, its functions at most 60 lines")
+def _():
+    text = (ROOT / "export_weights.py").read_text(encoding="utf-8")
+    expect([line for line in text.split("\n") if len(line) > 100], [])
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(text))
+               if isinstance(node, ast.FunctionDef)}
+    assert len(lengths) > 50, lengths
+    expect({name: length for name, length in lengths.items() if length > 60}, {})
 
 
 # ---- What is kept -----------------------------------------------------------------------------

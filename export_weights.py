@@ -21,12 +21,14 @@ import email.utils
 import fcntl
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import ssl
@@ -93,6 +95,34 @@ def is_count(value):
 
 
 # ---- Progress ----
+
+class Patient(io.RawIOBase):
+    """A standard stream to write to. If it is non-blocking and full we wait, and nothing is lost;
+    if it is a pipe or a terminal that has gone, no export ends for want of a reader."""
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+
+    def fileno(self):
+        return self.descriptor
+
+    def isatty(self):
+        return os.isatty(self.descriptor)
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        left = bytes(data)
+        while left:
+            try:
+                left = left[os.write(self.descriptor, left):]
+            except BlockingIOError:
+                select.select([], [self.descriptor], [])
+            except OSError:
+                break
+        return len(data)
+
 
 def draw(text):
     """Text in place of the terminal's last line."""
@@ -1156,7 +1186,11 @@ def export(source, out, revision):
 
 
 def main():
-    sys.stderr = sys.stderr or open(os.devnull, "w")   # it may have been closed
+    if sys.stderr is None:   # it was closed
+        sys.stderr = open(os.devnull, "w")
+    elif sys.stderr is sys.__stderr__:
+        sys.stderr = io.TextIOWrapper(Patient(sys.stderr.fileno()), sys.stderr.encoding,
+                                      sys.stderr.errors, line_buffering=True)
     parser = argparse.ArgumentParser(
         prog=PROGRAM, allow_abbrev=False,
         description="Turn a GPT-NeoX model in Hugging Face layout into the one file that kl3m "

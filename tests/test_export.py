@@ -17,6 +17,7 @@ import stat
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from array import array
 from pathlib import Path
@@ -946,6 +947,43 @@ def _():
         assert word in err and "cannot write" in err, err
     expect(sorted(os.listdir(top)), ["link", "old", "old link", "some-model", "work"])
     expect(sorted(os.listdir(source)), ["config.json", "model.safetensors", "tokenizer.json"])
+
+
+@test("standard error that is closed, has no reader or is full loses no export, and what is full loses no line")
+def _():
+    source = small_source()
+    want = exported()
+    slow = ("numbers = iter(range(1000))\n"
+            "export_weights.Progress.show = lambda *_: export_weights.note('x' * 8000 + str(next(numbers)))")
+    for what, code in (("closed", "os.close(2); sys.stderr = None"), ("no reader", slow), ("full disk", slow)):
+        out = tmpdir() / "model.bin"
+        ours, theirs = os.pipe()
+        os.close(ours)
+        if what == "full disk":
+            os.close(theirs)
+            theirs = os.open("/dev/full", os.O_WRONLY)
+        lines = "import os, sys\nsys.dont_write_bytecode = True\nimport export_weights\n%s\n" \
+                "sys.exit(export_weights.main())" % code
+        done = subprocess.run([sys.executable, "-c", lines, source, "-o", out], stderr=theirs, timeout=60,
+                              env=dict(os.environ, PYTHONPATH=str(ROOT)))
+        os.close(theirs)
+        expect((done.returncode, out.read_bytes() == want), (0, True), what)
+
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    out = tmpdir() / "model.bin"
+    lines = "import sys\nsys.dont_write_bytecode = True\nimport export_weights\n%s\n" \
+            "sys.exit(export_weights.main())" % slow
+    child = subprocess.Popen([sys.executable, "-c", lines, source, "-o", out], stderr=theirs,
+                             env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    os.close(theirs)
+    time.sleep(0.5)   # it fills the pipe meanwhile
+    with os.fdopen(ours, "rb") as file:
+        said = file.read().decode().splitlines()
+    expect((child.wait(30), out.read_bytes() == want), (0, True), "non-blocking")
+    expect(said[:-1], ["export_weights.py: " + "x" * 8000 + str(number) for number in range(len(said) - 1)])
+    assert len(said) > len(ModelFile(out).sections), said
+    assert said[-1].startswith("export_weights.py: wrote "), said[-1]
 
 
 @test("one closing line on standard error, a bar only on a terminal, nothing on standard output")

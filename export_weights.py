@@ -1161,7 +1161,9 @@ def write_model(out, sections, progress):
 
 # ---- Command line ----
 
-STOPPERS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+# All that ask a program to end, Ctrl-\ and what batch systems and limits send among them.
+STOPPERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
+            signal.SIGUSR2, signal.SIGXCPU, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
 
 
 class Stopped(BaseException):

@@ -897,6 +897,12 @@ def _():
             ("SIGTERM", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGTERM)", 143, ["stopped"]),
             ("SIGHUP", "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"     # nohup, which runs tests too, ignores it
              "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGHUP)", 129, ["stopped"]),
+            *(("signal %d" % number, "signal.signal(%d, signal.SIG_DFL)\n"
+               "os.fsync = lambda fd: os.kill(os.getpid(), %d)" % (number, number), 128 + number, ["stopped"])
+              for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGALRM,
+                             signal.SIGVTALRM)),
+            ("a limit that is sent as a signal", "signal.setitimer(signal.ITIMER_PROF, 0.01)\n"
+             "os.fsync = lambda fd: [0 for _ in range(10 ** 9)]", 128 + signal.SIGPROF, ["stopped"]),
             ("a file too large", "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))", 1,
              ["cannot write", "File too large", "model.bin"]),
             ("a full disk", "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)", 1,

@@ -12,12 +12,13 @@ What kl3m would not compute exactly as the reference does is refused by name, be
 written. The same input gives the same bytes. Python 3.9 is all it needs, and room for 32 rows of a
 tensor at a time.
 
-Parts, in order: errors and JSON, progress, config, safetensors, tensor table, weights, tokenizer,
-hub, about, the file, command line. A part calls only parts above it.
+Parts, in order: errors, messages, files and JSON, config, safetensors, tensor table, weights,
+tokenizer, hub, about, the file, command line. A part calls only parts above it.
 """
 import argparse
 import contextlib
 import email.utils
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -32,6 +33,7 @@ import select
 import shutil
 import signal
 import ssl
+import stat
 import struct
 import sys
 import time
@@ -44,10 +46,7 @@ from collections import Counter, namedtuple
 PROGRAM = "export_weights.py"
 FORMAT_VERSION = 1
 
-# ---- Errors and JSON ----
-
-JSON_LIMIT = 1 << 27   # bytes: sixty times the real tokenizer.json
-DAMAGED = "the file is damaged or cut short: download it again"
+# ---- Errors ----
 
 
 class ExportError(Exception):
@@ -65,36 +64,7 @@ def expect(ok, what, found, expected, remedy):
         raise ExportError(f"{what}: found {show(found)}, expected {expected}; {remedy}")
 
 
-def parse_object(data, where):
-    """The JSON object in data (bytes). Which of two equal keys counts JSON leaves open."""
-    def members(pairs):
-        [(key, count)] = Counter(key for key, _ in pairs).most_common(1) or [(None, 1)]
-        if count > 1:
-            raise ValueError(f"the key {show(key)} is there twice")
-        return dict(pairs)
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=members)
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{where} is not sound JSON: {error}; {DAMAGED}")
-    expect(isinstance(value, dict), where, value, "a JSON object", DAMAGED)
-    return value
-
-
-def read_object(directory, name):
-    path = os.path.join(directory, name)
-    expect(os.path.isfile(path), path, None, f"the model's {name}",
-           "pass the directory that has it")
-    size = os.path.getsize(path)
-    expect(size <= JSON_LIMIT, path, size, f"at most {JSON_LIMIT} bytes", DAMAGED)
-    with open(path, "rb") as file:
-        return parse_object(file.read(), path)
-
-
-def is_count(value):
-    return type(value) is int and value >= 0   # isinstance would let True pass
-
-
-# ---- Progress ----
+# ---- Messages ----
 
 class Patient(io.RawIOBase):
     """A standard stream to write to. If it is non-blocking and full we wait, and nothing is lost;
@@ -161,6 +131,110 @@ class Progress:
             draw(f"[{'#' * (20 * done // self.total):20}] {text}")
         else:
             note(text)
+
+
+# ---- Files and JSON ----
+
+# The most bytes of a JSON text, since one that is made to do so takes 25 times its size in memory
+# and a second for each 4 MB. With all the layers that kl3m takes, and their buffers, a safetensors
+# header has 8 MB and an index 5; the real tokenizer.json has 2 MB, the real config.json 1 KB.
+HEADER_LIMIT, TOKENIZER_LIMIT, CONFIG_LIMIT = 1 << 24, 1 << 25, 1 << 20
+DAMAGED = "the file is damaged or cut short: download it again"
+
+# What mends a fault of the disk, where that is known.
+MENDS = {errno.ENOSPC: "make room on that disk", errno.EDQUOT: "make room in your quota there",
+         **dict.fromkeys((errno.EACCES, errno.EPERM), "get the right to do that there"),
+         errno.EROFS: "have that disk mounted for writing",
+         **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "move what stands there out of the way"),
+         errno.EFBIG: "raise the limit for a file's size (ulimit -f)",
+         errno.EIO: "see whether that disk is well",
+         errno.ENAMETOOLONG: "use shorter names"}
+
+
+def fault(error, otherwise):
+    """A fault of the disk in words: what, and what to do about it."""
+    mend = MENDS.get(error.errno)
+    return f"{error.strerror or error}; {f'{mend}, or {otherwise}' if mend else otherwise}"
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Says of a fault within that it is this file's, which is the source's and not OUT."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {fault(error, 'take another copy of it')}")
+
+
+def size_of(path, expected, remedy):
+    """The size of a plain file, which must be there."""
+    with reading(path):
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            status = None
+    expect(status and stat.S_ISREG(status.st_mode), path, None, expected, remedy)
+    return status.st_size
+
+
+def remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def part_beside(path):
+    """A new file that is to take path's place. If it did not when all is done, it is removed, be it
+    after an error or a signal. No other process has its name."""
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    try:
+        with open(part, "xb") as file:
+            yield file
+    finally:
+        try:
+            remove(part)
+        except BaseException:   # a signal at this very moment; later ones are ignored
+            remove(part)
+            raise
+
+
+def keep_rights(file, path):
+    """The new file may be read by those who may read the one whose place it takes."""
+    if os.path.exists(path):
+        older = os.stat(path)
+        for owner, group in ((-1, older.st_gid), (older.st_uid, -1)):
+            with contextlib.suppress(PermissionError):   # only root may give a file away
+                os.fchown(file.fileno(), owner, group)
+        with contextlib.suppress(PermissionError):   # a disk without rights
+            os.fchmod(file.fileno(), older.st_mode & 0o777)
+
+
+def parse_object(data, where):
+    """The JSON object in data (bytes). Which of two equal keys counts JSON leaves open."""
+    def members(pairs):
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {show(key)} is there twice")
+        return table
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=members)
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{where} is not sound JSON: {error}; {DAMAGED}")
+    expect(isinstance(value, dict), where, value, "a JSON object", DAMAGED)
+    return value
+
+
+def read_object(directory, name, limit):
+    path = os.path.join(directory, name)
+    size = size_of(path, f"the model's {name}", "pass the directory that has it")
+    expect(size <= limit, path, size, f"at most {limit} bytes", DAMAGED)
+    with reading(path), open(path, "rb") as file:
+        return parse_object(file.read(), path)
+
+
+def is_count(value):
+    return type(value) is int and value >= 0   # isinstance would let True pass
 
 
 # ---- Config ----
@@ -255,12 +329,12 @@ MIXED = "index and shards are of different models: download them again"
 
 def read_safetensors(path):
     """{name: Tensor} of one file without buffers. Its tensors must cover the data, none overlap."""
-    expect(os.path.isfile(path), path, None, "a file", "download it")
-    file_size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    file_size = size_of(path, "a file", "download it")
+    with reading(path), open(path, "rb") as file:
         data_start = 8 + int.from_bytes(file.read(8), "little")
-        expect(8 < data_start <= min(file_size, JSON_LIMIT), path, data_start - 8,
-               f"a header's size that fits a file of {file_size} bytes", DAMAGED)
+        expect(8 < data_start <= min(file_size, 8 + HEADER_LIMIT), path, data_start - 8,
+               f"a header's size that fits a file of {file_size} bytes, and at most {HEADER_LIMIT}",
+               DAMAGED)
         header = parse_object(file.read(data_start - 8), f"{path}: header")
     header.pop("__metadata__", None)
     tensors = [read_entry(path, name, entry, data_start, file_size)
@@ -287,7 +361,7 @@ def read_entry(path, name, entry, data_start, file_size):
 
 def read_index(directory):
     """{tensor's name: shard's name}; no shard's name leads out of the directory."""
-    shard_of = read_object(directory, INDEX).get("weight_map")
+    shard_of = read_object(directory, INDEX, HEADER_LIMIT).get("weight_map")
     expect(isinstance(shard_of, dict), f"{INDEX}: weight_map", shard_of, "an object", DAMAGED)
     for name, shard in shard_of.items():
         expect(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard),
@@ -450,7 +524,7 @@ def pack_panels(bits, rows, cols):
 
 def weight_blocks(config, weight, tensor):
     """The weight as it lies in the file, a block of rows at a time."""
-    with open(tensor.path, "rb", buffering=0) as file:
+    with reading(tensor.path), open(tensor.path, "rb", buffering=0) as file:
         if weight.kind == VECTOR:
             bits = read_rows(file, tensor, source_rows(config, weight.name, weight.cols), 1)
             yield bits + array("I", [0]) * (padded(weight.cols) - weight.cols)
@@ -972,9 +1046,10 @@ class Hub:
         if revision != config.commit:   # at last: it may have stood for another whole snapshot
             ref = os.path.join(self.folder, "refs", revision)
             os.makedirs(os.path.dirname(ref), exist_ok=True)
-            with open(f"{ref}.{secrets.token_hex(4)}.tmp", "w") as file:
-                file.write(config.commit)
-            os.replace(file.name, ref)
+            with part_beside(ref) as file:
+                file.write(config.commit.encode())
+                file.flush()
+                os.replace(file.name, ref)
         return snapshot
 
 
@@ -1076,14 +1151,14 @@ BYTES, F32 = 0, 1   # section types
 
 def read_sections(source):
     """All sections in order, all checked; weights are read when their blocks are asked for."""
-    config_json = read_object(source.directory, "config.json")
+    config_json = read_object(source.directory, "config.json", CONFIG_LIMIT)
     config = read_config(config_json)
     tensors = read_tensors(source.directory)
     config = config._replace(kv_heads=count_kv_heads(config, tensors))
     check_tensors(config, tensors)
-    tokenizer = tokenizer_section(read_object(source.directory, "tokenizer.json"), config.vocab)
+    tokenizer = read_object(source.directory, "tokenizer.json", TOKENIZER_LIMIT)
     texts = {"config": config_section(config), "about": about_section(source, config_json),
-             "tokenizer": tokenizer}
+             "tokenizer": tokenizer_section(tokenizer, config.vocab)}
     return [Section(name, BYTES, 0, 0, 0, len(data), [data]) for name, data in texts.items()] + [
         Section(weight.name, F32, weight.rows, weight.cols, int(weight.kind == PANELS),
                 weight_size(weight), weight_blocks(config, weight, tensors[weight.source]))
@@ -1099,6 +1174,7 @@ def place(sections):
     return offsets, end
 
 
+MAGIC = b"KL3M\r\n\x1a\n"
 HUGE_PAGE = 2 << 20   # bytes
 
 
@@ -1123,40 +1199,63 @@ def write_sections(file, sections, progress):
         table += struct.pack("<56sIIQQIIII", section.name.encode(), section.type, checksum, offset,
                              section.size, section.rows, section.cols, section.layout, 0)
     file.write(waiting)
-    head = struct.pack("<8sIIQ", b"KL3M\r\n\x1a\n", FORMAT_VERSION, len(sections), file_size)
+    head = struct.pack("<8sIIQ", MAGIC, FORMAT_VERSION, len(sections), file_size)
     file.seek(0)
     file.write(head + struct.pack("<I36x", zlib.crc32(head + table)) + table)
 
 
-def check_target(out, needed):
-    """OUT's real path, if that many bytes can be written there."""
+ANOTHER_OUT = "pass another -o"
+
+
+def check_target(out):
+    """OUT's real path, if a file can be put there: seen before a long download, not after it."""
     path = os.path.realpath(out)   # a link is followed, not replaced
     folder = os.path.dirname(path)
-    what, other, plain = f"cannot write {out}", "pass another -o", os.path.isfile(path)
+    what, plain = f"cannot write {out}", os.path.isfile(path)
     expect(os.path.isdir(folder), what, folder, "a directory", "create it")
-    expect(plain or not os.path.exists(path), what, path, "a plain file or a new one", other)
-    expect(not path.endswith((".json", ".safetensors")), what, path, "no name of a source's file",
-           other)
-    free = shutil.disk_usage(folder).free
-    expect(free >= needed, what, free, f"{needed} bytes of room", "make room or " + other)
+    expect(plain or not os.path.exists(path), what, path, "a plain file or a new one", ANOTHER_OUT)
+    for name in (out, path):
+        expect(not name.lower().endswith((".json", ".safetensors")), what, name,
+               "no name of a source's file", ANOTHER_OUT)
+    expect(not re.search("/(models|datasets|spaces)--[^/]+/blobs/", path), what, path,
+           "no file of the hub's cache", ANOTHER_OUT)
+    if plain and os.stat(folder).st_mode & stat.S_ISVTX:   # as /tmp: files are their owners' there
+        owners = {0, os.stat(folder).st_uid, os.stat(path).st_uid}
+        expect(os.geteuid() in owners, what, path, "a file of yours", ANOTHER_OUT)
+    try:
+        with part_beside(path):
+            pass
+    except OSError as error:
+        raise ExportError(f"{what}: {fault(error, ANOTHER_OUT)}")
     return path
 
 
-def write_model(out, sections, progress):
-    """Write OUT whole or not at all, by way of a temporary file beside it."""
-    path = check_target(out, progress.total)
-    part = f"{path}.{secrets.token_hex(4)}.part"
+def check_not_source(out, directory):
+    """OUT is no file of the source by another name or link; an older export there is none of it."""
+    if not os.path.exists(out):
+        return
+    with reading(out), open(out, "rb") as file:
+        if file.read(len(MAGIC)) == MAGIC:
+            return
+    for entry in os.scandir(directory):
+        expect(not (entry.is_file() and os.path.samefile(entry.path, out)), f"cannot write {out}",
+               entry.path, "no file of the source", ANOTHER_OUT)
+
+
+def write_model(out, path, sections, progress):
+    """Write OUT, whose real path this is, whole or not at all."""
+    what, needed, free = f"cannot write {out}", progress.total, shutil.disk_usage(
+        os.path.dirname(path)).free
+    expect(free >= needed, what, free, f"{needed} bytes of room", "make room or " + ANOTHER_OUT)
     try:
-        with open(part, "xb") as file:
+        with part_beside(path) as file:
+            keep_rights(file, path)
             write_sections(file, sections, progress)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+            os.replace(file.name, path)
     except OSError as error:
-        raise ExportError(f"cannot write {out}: {error}; nothing is left there")
-    finally:
-        if os.path.lexists(part):
-            os.unlink(part)
+        raise ExportError(f"{what}: {fault(error, ANOTHER_OUT)}; nothing is left there")
 
 
 # ---- Command line ----
@@ -1180,10 +1279,12 @@ def export(source, out, revision):
     start = time.monotonic()
     if out is None:   # realpath: SOURCE may be ".", or a link
         out = os.path.basename(os.path.realpath(source)) + ".bin"
-    check_target(out, 0)   # before a long download
-    sections = read_sections(resolve(source, revision))
+    path = check_target(out)
+    found = resolve(source, revision)
+    check_not_source(out, found.directory)
+    sections = read_sections(found)
     progress = Progress(place(sections)[1])
-    write_model(out, sections, progress)
+    write_model(out, path, sections, progress)
     note(f"wrote {out}: {progress.total / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
 
 

@@ -21,6 +21,7 @@ import time
 import zlib
 from array import array
 from pathlib import Path
+from unittest import mock
 
 import models
 from harness import ROOT, SHARED, Skip, expect, run_export, test, tmpdir
@@ -878,6 +879,12 @@ def small_source(top=None, name="model", change=lambda source: None):
     return directory
 
 
+def contents(directory):
+    """{path: bytes} of all files below."""
+    return {str(path.relative_to(directory)): path.read_bytes()
+            for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
 def run_changed(code, *args, **options):
     """The exporter in a process of its own after these lines of Python: (exit status, standard error)."""
     lines = "import os, resource, shutil, signal, sys\nsys.dont_write_bytecode = True\nimport export_weights\n"
@@ -904,11 +911,13 @@ def _():
             ("a limit that is sent as a signal", "signal.setitimer(signal.ITIMER_PROF, 0.01)\n"
              "os.fsync = lambda fd: [0 for _ in range(10 ** 9)]", 128 + signal.SIGPROF, ["stopped"]),
             ("a file too large", "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))", 1,
-             ["cannot write", "File too large", "model.bin"]),
+             ["cannot write", "File too large", "model.bin", "ulimit -f"]),
             ("a full disk", "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)", 1,
              ["cannot write", "found 1,", "bytes of room"]),
             ("a fault at the end", "def fault(fd): raise OSError(5, 'Input/output error')\nos.fsync = fault", 1,
-             ["cannot write", "Input/output error"]),
+             ["cannot write", "Input/output error", "disk"]),
+            ("a source that cannot be read", "def fault(*args): raise OSError(5, 'Input/output error')\n"
+             "export_weights.fp32_bits = fault", 1, ["cannot read", "model.safetensors", "another copy"]),
             ("a source that shrinks", "size = export_weights.check_tensors\n"
              "def shrink(config, tensors):\n    size(config, tensors)\n"
              "    os.truncate(tensors['embed_out.weight'].path, 100000)\n"
@@ -953,6 +962,130 @@ def _():
         assert word in err and "cannot write" in err, err
     expect(sorted(os.listdir(top)), ["link", "old", "old link", "some-model", "work"])
     expect(sorted(os.listdir(source)), ["config.json", "model.safetensors", "tokenizer.json"])
+
+
+def cached(top):
+    """The tiny model as huggingface_hub's cache has it: its snapshot's directory."""
+    files, commit = small_source(top, "files"), "0123456789abcdef0123456789abcdef01234567"
+    (files / "README.md").write_text("---\nlicense: mit\n---\n")
+    folder = top / "models--some--model"
+    snapshot = folder / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (folder / "blobs").mkdir()
+    for number, path in enumerate(sorted(files.iterdir())):
+        path.rename(folder / "blobs" / ("%040x" % number))
+        (snapshot / path.name).symlink_to("../../blobs/%040x" % number)
+    return snapshot
+
+
+@test("OUT is no file of the source and no blob of the hub's cache, whatever the name or link it is given by")
+def _():
+    for in_cache in (True, False):
+        top = tmpdir()
+        source = cached(top) if in_cache else small_source(top)
+        weights = source / "model.safetensors"
+        (top / "link.bin").symlink_to(weights)
+        (top / "link of a link.bin").symlink_to(top / "link.bin")
+        (top / "tokenizer.bin").symlink_to(source / "tokenizer.json")
+        os.link(weights.resolve(), top / "hard.bin")
+        (top / "folder").symlink_to(source)
+        outs = [weights, top / "link.bin", top / "link of a link.bin", top / "tokenizer.bin", top / "hard.bin",
+                top / "folder" / "model.safetensors", source / "tokenizer.json", source / "config.json"]
+        if in_cache:
+            other = top / "models--other--model" / "blobs" / ("%040x" % 7)   # of another model
+            other.parent.mkdir(parents=True)
+            other.write_bytes(b"other")
+            outs += [source / "README.md", weights.resolve(), other]
+        before = contents(top)
+        for out in outs:
+            code, err = run_inside(source, "-o", out)
+            assert code == 1 and "cannot write" in err and ("source" in err or "cache" in err), (out, code, err)
+            expect(err.count("\n"), 1, err)
+            expect(contents(top), before, str(out))
+    weights.unlink()   # a name that leads nowhere yet
+    (top / "dangling.safetensors").symlink_to(top / "nowhere.bin")
+    expect(run_inside(source, "-o", top / "dangling.safetensors")[0], 1)
+    assert not (top / "nowhere.bin").exists()
+
+    source = small_source()   # an older export in the source's own folder is no source
+    for _ in range(2):
+        expect(run_inside(source, "-o", source / "model.bin")[0], 0)
+
+
+@test("a file keeps the rights that it had when it is replaced, and has them from the first byte on")
+def _():
+    source = small_source()
+    for mode in (0o600, 0o640, 0o444, 0o664):
+        out = tmpdir() / "model.bin"
+        out.write_bytes(b"older")
+        out.chmod(mode)
+        seen = []
+        with mock.patch.object(export_weights, "write_sections",
+                               lambda file, *_: seen.append(os.fstat(file.fileno()).st_mode & 0o777)):
+            expect(run_inside(source, "-o", out)[0], 0)
+        expect((seen, out.stat().st_mode & 0o777, out.read_bytes()), ([mode], mode, b""), oct(mode))
+        if os.geteuid() == 0:   # and its owner
+            os.chown(out, 4321, 1234)
+            expect(run_inside(source, "-o", out)[0], 0)
+            expect((out.stat().st_uid, out.stat().st_gid, out.stat().st_mode & 0o777), (4321, 1234, mode))
+
+
+def unprivileged():
+    """Lines of Python that give up root's rights, if we have them, and read before what may be closed to others."""
+    return "import gettext, locale\nos.setgid(65534)\nos.setuid(65534)" if os.geteuid() == 0 else ""
+
+
+@test("where OUT cannot be written is said with the remedy, and so is a source that may not be read")
+def _():
+    top = tmpdir()
+    top.chmod(0o755)
+    source = small_source(top)
+    for name, mode in (("closed", 0o555), ("open", 0o777), ("sticky", 0o1777)):
+        (top / name).mkdir()
+        (top / name).chmod(mode)
+    (top / "sticky" / "model.bin").write_bytes(b"root's")
+    (top / "sticky").chmod(0o1777)
+    before = contents(top)
+    cases = [(top / "closed" / "model.bin", ["Permission denied", "right", "another -o"]),
+             (top / "open" / ("m" * 250 + ".bin"), ["File name too long", "shorter", "another -o"])]
+    if os.geteuid() == 0:
+        cases.append((top / "sticky" / "model.bin", ["a file of yours", "another -o"]))
+    for out, words in cases:   # before the source is looked at, which may be long in coming
+        code, err = run_changed(unprivileged() + "\nexport_weights.resolve = None", source, "-o", out)
+        assert code == 1 and err.count("\n") == 1 and "cannot write" in err, err
+        for word in words:
+            assert word in err, "no %r in %r" % (word, err)
+        expect(contents(top), before, err)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (source / name).chmod(0)
+        code, err = run_changed(unprivileged(), source, "-o", top / "open" / "model.bin")
+        (source / name).chmod(0o644)
+        assert code == 1 and err.count("\n") == 1 and "cannot read" in err and name in err and "right" in err, err
+
+
+@test("a header that no model has is refused before it costs memory; the longest that kl3m can run is not")
+def _():
+    layer = [name for name in base()[2] if ".layers.0." in name] + [
+        "gpt_neox.layers.0.attention." + name for name in ("bias", "masked_bias", "rotary_emb.inv_freq")]
+    entry = {"dtype": "BF16", "shape": [65536, 262144], "data_offsets": [10 ** 12, 10 ** 12]}
+    longest = {name.replace(".0.", ".%d." % number): entry for number in range(4096) for name in layer}
+    assert len(json.dumps(longest)) < 16 << 20
+    source = small_source()
+    kept = {name: (source / name).read_bytes() for name in os.listdir(source)}
+    limit = "resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))"   # twelve times as much as it needs
+    for name, text in (("model.safetensors", b'{"a": [%s{}]}'), ("tokenizer.json", b'{"a": [%s{}]}'),
+                       ("config.json", b'{"a": [%s{}]}'), ("model.safetensors.index.json", b'{"a": [%s{}]}')):
+        for size in (40 << 20, 120 << 20):
+            data = text % (b"{}," * (size // 3))
+            if name == "model.safetensors":
+                data = struct.pack("<Q", len(data)) + data
+            if name.endswith(".index.json"):
+                (source / "model.safetensors").unlink()
+            (source / name).write_bytes(data)
+            code, err = run_changed(limit, source, "-o", source / "model.bin")
+            assert code == 1 and err.count("\n") == 1 and name in err and "at most" in err, err
+            for other, data in kept.items():
+                (source / other).write_bytes(data)
 
 
 @test("standard error that is closed, has no reader or is full loses no export, and what is full loses no line")

@@ -251,30 +251,59 @@ HEAD_SIZE_LIMIT = 1 << 12
 # Where kl3m computes one value only; it is also what transformers takes for a missing field.
 FIXED = {"model_type": "gpt_neox", "hidden_act": "gelu", "attention_bias": True,
          "tie_word_embeddings": False}
+# What transformers takes for a missing max_position_embeddings. Its defaults for the other sizes
+# are those of GPT-NeoX-20B, so that a config without them is not whole.
+CONTEXT = 2048
 ROPE_NUMBERS = ("partial_rotary_factor", "rope_theta")
+ROPE_PLACES = ("rope_scaling", "rope_parameters")   # in the order in which transformers 5 looks
 
 
 def expect_field(ok, name, found, expected, remedy="correct the field"):
     expect(ok, f"config.json: {name}", found, expected, remedy)
 
 
-def number_field(config, names, default, least, most):
-    """A number that has several spellings, all of which must agree.
+def check_number(name, value, least, most):
+    ok = type(value) in (int, float) and least <= value <= most   # NaN fails every comparison
+    expect_field(ok, name, value, f"a number from {least} to {most}")
 
-    transformers 4 writes rotary_pct and rotary_emb_base (or partial_rotary_factor and rope_theta),
-    transformers 5 writes the latter two inside rope_parameters.
-    """
-    found = {name: config.get(name) for name in names}
-    for place in ("rope_parameters", "rope_scaling"):
-        found.update((f"{place}.{name}", (config.get(place) or {}).get(name)) for name in names)
-    found = {name: value for name, value in found.items() if value is not None}
-    for name, value in found.items():
-        ok = type(value) in (int, float) and least <= value <= most   # NaN fails every comparison
-        expect_field(ok, name, value, f"a number from {least} to {most}")
-        other = next(iter(found))
-        expect_field(value == found[other], name, value, f"{found[other]} as in {other}",
-                     "make them agree")
-    return float(next(iter(found.values()), default))
+
+def scales_nothing(name, value, fields):
+    """Whether an entry of rope_scaling or rope_parameters leaves the positions as they are."""
+    if name in ("rope_type", "type"):
+        return value == "default" or value == "linear" and fields.get("factor") == 1
+    if name in ("factor", "attention_factor"):
+        return value in (None, 1)
+    return value is None or name in (*ROPE_NUMBERS, "original_max_position_embeddings")
+
+
+def check_rope(config):
+    """Positions are not scaled, whichever of the two places is read."""
+    for place in ROPE_PLACES:
+        fields = {} if config.get(place) is None else config[place]
+        expect_field(isinstance(fields, dict), place, fields, "null or an object", NOT_COMPUTED)
+        for name, value in fields.items():
+            expect_field(scales_nothing(name, value, fields), f"{place}.{name}", value,
+                         'only rope_type "default"', NOT_COMPUTED)
+
+
+def rope_number(config, newer, older, default, least, most):
+    """The number that transformers 5 reads: the newer name in the first place that is not empty, or
+    else the older one at the top, which is all that transformers 4 reads. Neither reads the newer
+    name at the top. What is there and not read must agree: somebody meant it."""
+    spellings = {f"{place}.{newer}": (config.get(place) or {}).get(newer) for place in ROPE_PLACES}
+    spellings.update({older: config.get(older), newer: config.get(newer)})
+    place = next(filter(config.get, ROPE_PLACES), None)
+    if place and newer in config[place]:
+        read = f"{place}.{newer}"
+    else:
+        read = older if older in config else "its default"
+    number = spellings.get(read, default)
+    check_number(read, number, least, most)
+    for name, value in spellings.items():
+        expect_field(value is None or value == number, name, value,
+                     f"{number}, since transformers reads {read}",
+                     f"take it out, or set {older} too if the model was trained so")
+    return float(number)
 
 
 def read_config(config):
@@ -285,6 +314,9 @@ def read_config(config):
         expect_field(ok, name, value, show(only), NOT_COMPUTED)
     parallel = config.get("use_parallel_residual", True)
     expect_field(type(parallel) is bool, "use_parallel_residual", parallel, "true or false")
+    expect_field(config.get("quantization_config") is None, "quantization_config",
+                 config.get("quantization_config"), "nothing", "save the model without it")
+    config = {"max_position_embeddings": CONTEXT, "layer_norm_eps": 1e-5, **config}
     for name, most in SIZES.items():
         value = config.get(name)
         expect_field(is_count(value) and 1 <= value <= most, name, value,
@@ -292,24 +324,22 @@ def read_config(config):
     hidden, layers, heads, intermediate, vocab, context = (config[name] for name in SIZES)
     expect_field(hidden % heads == 0, "hidden_size", hidden,
                  f"a multiple of num_attention_heads {heads}")
-    for place in ("rope_parameters", "rope_scaling"):
-        fields = {} if config.get(place) is None else config[place]
-        expect_field(isinstance(fields, dict), place, fields, "null or an object", NOT_COMPUTED)
-        for name, value in fields.items():
-            ok = name in ROPE_NUMBERS or name in ("rope_type", "type") and value == "default"
-            expect_field(ok, f"{place}.{name}", value, 'only rope_type "default"', NOT_COMPUTED)
     head_size = hidden // heads
     expect_field(head_size <= HEAD_SIZE_LIMIT, "hidden_size", hidden,
                  f"at most {HEAD_SIZE_LIMIT} for each of num_attention_heads {heads}", NOT_COMPUTED)
-    share = number_field(config, ("rotary_pct", "partial_rotary_factor"), 0.25, 0, 1)
+    head_dim = config.get("head_dim")   # only for rotary dimensions does the reference read it
+    expect_field(head_dim in (None, head_size), "head_dim", head_dim, head_size, NOT_COMPUTED)
+    check_rope(config)
+    share = rope_number(config, "partial_rotary_factor", "rotary_pct", 0.25, 0, 1)
     rotary_dims = int(head_size * share)
     expect_field(rotary_dims % 2 == 0, "rotary_pct (partial_rotary_factor)", share,
                  f"an even number of rotary dimensions, not {rotary_dims} of {head_size}",
                  NOT_COMPUTED)
-    base = number_field(config, ("rotary_emb_base", "rope_theta"), 10000, 1, 1e12)
-    eps = number_field(config, ("layer_norm_eps",), 1e-5, 1e-30, 1)
+    base = rope_number(config, "rope_theta", "rotary_emb_base", 10000, 1, 1e12)
+    eps = config["layer_norm_eps"]
+    check_number("layer_norm_eps", eps, 1e-30, 1)
     return Config(hidden, layers, heads, 0, head_size, rotary_dims, intermediate, vocab, context,
-                  parallel, base, eps)
+                  parallel, base, float(eps))
 
 
 def config_section(config):

@@ -432,6 +432,16 @@ def _():
             ("no tie_word_embeddings", without("config", "tie_word_embeddings")),
             ("no use_parallel_residual", without("config", "use_parallel_residual")),
             ("no layer_norm_eps", without("config", "layer_norm_eps")),
+            ("a factor of 1", config(rope_scaling={"rope_type": "default", "factor": 1.0})),
+            ("a factor of 1 for transformers 5", lambda source: (
+                saved_by_transformers_5(source), source.config["rope_parameters"].update(factor=1.0))),
+            ("linear, a factor of 1", config(rope_scaling={"type": "linear", "factor": 1.0})),
+            ("what the default does not read", config(rope_scaling={
+                "rope_type": "default", "type": "default", "factor": None, "attention_factor": 1.0,
+                "original_max_position_embeddings": 64, "beta_fast": None, "beta_slow": None})),
+            ("nulls that are not read", config(rope_theta=None, partial_rotary_factor=None, head_dim=None,
+                                               quantization_config=None)),
+            ("head_dim", config(head_dim=12)),
             ("another num_key_value_heads", config(num_key_value_heads=7)),
             ("another torch_dtype", config(torch_dtype="bfloat16")),
             ("tensors in another order", backwards),
@@ -540,20 +550,23 @@ def _():
         "attention_bias": [False, 1, None, "true"], "tie_word_embeddings": [True, 0, None],
         "use_parallel_residual": ["yes", 1, None],
         "rope_scaling": [{"type": "linear", "factor": 2.0}, {"rope_type": "dynamic"}, {"factor": 2},
-                         {"rope_type": "default", "factor": 2}, "linear", [], 1],
+                         {"rope_type": "default", "factor": 2}, "linear", [], 1, {"type": "linear"},
+                         {"type": "default", "rope_type": "linear", "factor": 2}, {"attention_factor": 2},
+                         {"rope_type": "dynamic", "factor": 1.0}, {"rope_theta": None}, {"mscale": 1}],
         "rope_parameters": [{"rope_type": "yarn"}, {"rope_type": None}, {"rope_theta": 500}, "default",
                             {"partial_rotary_factor": 0.25}],
         "hidden_size": [0, -48, 48.0, True, "48", None, [48], 10 ** 12, 50, 10 ** 400],
         "num_hidden_layers": [0, -1, 1.0, True, None, 2 ** 40], "num_attention_heads": [0, 5, False, "4", None, 1e9],
         "intermediate_size": [0, -80, "80", None, float("nan")], "vocab_size": [0, 10 ** 11, None, 300.5],
         "max_position_embeddings": [0, -1, True, None, float("inf")],
-        "rotary_pct": [1.5, -0.5, float("nan"), "0.5", True, 0.25, [0.5], 10 ** 400],
+        "rotary_pct": [1.5, -0.5, float("nan"), "0.5", True, 0.25, [0.5], 10 ** 400, None],
         "partial_rotary_factor": [0.25, False, float("nan")],
-        "rotary_emb_base": [0, -10000, float("inf"), float("nan"), "10000", True, 500], "rope_theta": [500, {}],
-        "layer_norm_eps": [0, -1e-5, float("nan"), float("inf"), "1e-5", True, 2, 0.0],
+        "rotary_emb_base": [0, -10000, float("inf"), float("nan"), "10000", True, 500, None],
+        "rope_theta": [500, {}],
+        "layer_norm_eps": [0, -1e-5, float("nan"), float("inf"), "1e-5", True, 2, 0.0, None],
+        "head_dim": [6, 24, 0, "12", [12]], "quantization_config": [{}, {"quant_method": "gptq", "bits": 4}],
     }.items() for value in values]
-    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
-                  "max_position_embeddings"):
+    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
         table.append(("no " + field, without("config", field), [field]))
     table += [
         ("an odd number of rotary dimensions", config(rotary_pct=0.25), ["rotary_pct", "3", "even"]),
@@ -571,6 +584,66 @@ def _():
               ("base", config(rotary_emb_base=1.1e12), ["rotary_emb_base", "1000000000000"])]
     check_all_refused(table)
     exported(config(max_position_embeddings=1048576, rotary_emb_base=10 ** 12, rope_theta=10 ** 12))   # and these not
+
+
+# What GPTNeoXConfig of transformers makes of these configs, 4.57.6 and 5.24.0: (base, rotary share), or
+# None where it fails. Where the two differ transformers 5 counts, since only that writes such a config.
+ROTARY = [
+    ({}, (10000, 0.25), (10000, 0.25)),
+    ({"rope_theta": 500}, (10000, 0.25), (10000, 0.25)),
+    ({"partial_rotary_factor": 0.5}, (10000, 0.25), (10000, 0.25)),
+    ({"rope_theta": 10000, "partial_rotary_factor": 0.25}, (10000, 0.25), (10000, 0.25)),
+    ({"rope_theta": None, "partial_rotary_factor": None}, (10000, 0.25), (10000, 0.25)),
+    ({"rotary_emb_base": 500}, (500, 0.25), (500, 0.25)),
+    ({"rotary_emb_base": 500, "rope_theta": 500}, (500, 0.25), (500, 0.25)),
+    ({"rotary_emb_base": 500, "rope_theta": 700}, (500, 0.25), (500, 0.25)),
+    ({"rotary_pct": 0.5}, (10000, 0.5), (10000, 0.5)),
+    ({"rotary_pct": 0.5, "partial_rotary_factor": 0.5}, (10000, 0.5), (10000, 0.5)),
+    ({"rotary_pct": 0.5, "partial_rotary_factor": 1.0}, (10000, 0.5), (10000, 0.5)),
+    ({"rope_parameters": {"rope_theta": 500, "rope_type": "default"}}, (10000, 0.25), (500, 0.25)),
+    ({"rope_parameters": {"rope_theta": 500}, "rotary_emb_base": 700}, (700, 0.25), (500, 0.25)),
+    ({"rope_parameters": {"rope_theta": 500}, "rope_theta": 700}, (10000, 0.25), (500, 0.25)),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}, "rotary_emb_base": 500}, (500, 0.25), (500, 0.5)),
+    ({"rope_parameters": {}, "rope_theta": 500}, (10000, 0.25), (10000, 0.25)),
+    ({"rope_scaling": {"rope_type": "default", "rope_theta": 500}}, (10000, 0.25), (500, 0.25)),
+    ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 500}}, None, (500, 0.25)),
+    ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 500}}, (10000, 0.25), (10000, 0.25)),
+    ({"rope_scaling": {"type": "default", "rope_theta": 500}, "rope_parameters": {"rope_theta": 700}},
+     (10000, 0.25), (500, 0.25)),
+]
+
+
+@test("the rotary base and share are those that transformers computes with, or the config is refused by name")
+def _():
+    names = ("rope_theta", "partial_rotary_factor", "rotary_emb_base", "rotary_pct")
+    for fields, _, wanted in ROTARY:
+        stated = [value for place in (fields, *fields.values()) if isinstance(place, dict)
+                  for name, value in place.items() if name in names and value is not None]
+
+        def change(source):
+            for name in (*names, "rope_scaling"):
+                source.config.pop(name, None)
+            source.config.update(fields, num_attention_heads=3)   # of 16 numbers
+        if all(value in wanted for value in stated):
+            file = tmpdir() / "out.bin"
+            file.write_bytes(exported(change))
+            got = ModelFile(file).config
+            expect((got["rotary_base"], got["rotary_dims"]), (wanted[0], 16 * wanted[1]), str(fields))
+        else:
+            check_refused(change, ["config.json: "])
+
+
+@test("the published configs are read as they are, and a missing context as transformers has it")
+def _():
+    file = tmpdir() / "out.bin"
+    file.write_bytes(exported(without("config", "max_position_embeddings")))
+    expect(ModelFile(file).config["context"], 2048)
+    if not SHARED:
+        raise Skip("the published configs are not there")
+    for name, sizes in (("kl3m-002-170m", (1024, 16, 16, 0, 64, 16, 1024, 32768, 4096)),
+                        ("kl3m-003-1.7b", (2048, 32, 32, 0, 64, 16, 8192, 32768, 8192))):
+        published = json.loads((SHARED / name / "config.json").read_text(encoding="utf-8"))
+        expect(tuple(export_weights.read_config(published)), (*sizes, True, 10000.0, 1e-5), name)
 
 
 @test("tensors that are missing, unknown, of another shape or dtype, or not finite are refused by name")

@@ -140,6 +140,7 @@ class Progress:
 # header has 8 MB and an index 5; the real tokenizer.json has 2 MB, the real config.json 1 KB.
 HEADER_LIMIT, TOKENIZER_LIMIT, CONFIG_LIMIT = 1 << 24, 1 << 25, 1 << 20
 DAMAGED = "the file is damaged or cut short: download it again"
+CHUNK = 1 << 16   # bytes at a time
 
 # What mends a fault of the disk, where that is known.
 MENDS = {errno.ENOSPC: "make room on that disk", errno.EDQUOT: "make room in your quota there",
@@ -425,6 +426,7 @@ Weight = namedtuple("Weight", "name source rows cols kind")   # a vector is one 
 
 ANOTHER = "the weights are not of the model that config.json describes, or not all of them are here"
 QKV = "attention.query_key_value"
+PROJECTIONS = "embed_out.weight", "lm_head.weight"   # its names: transformers has both since 5.14
 
 
 def tensor_table(config):
@@ -449,7 +451,7 @@ def tensor_table(config):
         yield from linear(layer + "mlp.dense_h_to_4h", wide, hidden)
         yield from linear(layer + "mlp.dense_4h_to_h", hidden, wide)
     yield from norm("final_layer_norm")
-    yield Weight("embed_out.weight", "embed_out.weight", config.vocab, hidden, PANELS)
+    yield Weight(PROJECTIONS[0], PROJECTIONS[0], config.vocab, hidden, PANELS)
 
 
 def count_kv_heads(config, tensors):
@@ -466,13 +468,35 @@ def count_kv_heads(config, tensors):
     return kv_heads
 
 
+def same_data(one, other):
+    """Whether two tensors of one size hold the same bytes."""
+    with reading(one.path), open(one.path, "rb") as first, open(other.path, "rb") as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        sizes = (min(CHUNK, one.size - done) for done in range(0, one.size, CHUNK))
+        return all(first.read(size) == second.read(size) for size in sizes)
+
+
+def with_one_projection(tensors):
+    """The tensors with the projection to the vocabulary under its older name. If both names are
+    there, the reference takes one of the two, so they must be the same."""
+    old, new = (tensors.get(name) for name in PROJECTIONS)
+    if old and new:
+        same = (old.dtype, old.shape, old.size) == (new.dtype, new.shape, new.size)
+        expect(same and same_data(old, new), "tensors", PROJECTIONS,
+               "one of the two, or the same in both", "take out the one that was not trained")
+    others = {name: tensor for name, tensor in tensors.items() if name not in PROJECTIONS}
+    return {**others, PROJECTIONS[0]: old or new} if old or new else others
+
+
 def check_tensors(config, tensors):
     """Hold every weight of the table against the files; no tensor may be missing or left over."""
     unknown = dict(tensors)
     for weight in tensor_table(config):
         tensor = unknown.pop(weight.source, None)
         shape = [weight.cols] if weight.kind == VECTOR else [weight.rows, weight.cols]
-        expect(tensor, weight.source, None, f"a tensor of shape {shape}", ANOTHER)
+        names = PROJECTIONS if weight.source in PROJECTIONS else [weight.source]
+        expect(tensor, " or ".join(names), None, f"a tensor of shape {shape}", ANOTHER)
         expect(tensor.shape == shape, f"{tensor.name}: shape", tensor.shape, shape, ANOTHER)
         expect(tensor.dtype in ITEM_SIZE, f"{tensor.name}: dtype", tensor.dtype, "F32, F16 or BF16",
                "save the weights as one of these")
@@ -775,7 +799,6 @@ BACK_OFF = 1.0       # seconds before the second try, twice as many before each 
 LONGEST_WAIT = 300   # seconds, even where the server asks for more
 TIMEOUT = 30         # seconds without a sign of life
 REDIRECTS = 10
-CHUNK = 1 << 16      # bytes at a time
 
 COMMIT = "[0-9a-f]{40}"
 NO_HUB = "this is not how a hub answers: check HF_ENDPOINT and the network"
@@ -1183,7 +1206,7 @@ def read_sections(source):
     """All sections in order, all checked; weights are read when their blocks are asked for."""
     config_json = read_object(source.directory, "config.json", CONFIG_LIMIT)
     config = read_config(config_json)
-    tensors = read_tensors(source.directory)
+    tensors = with_one_projection(read_tensors(source.directory))
     config = config._replace(kv_heads=count_kv_heads(config, tensors))
     check_tensors(config, tensors)
     tokenizer = read_object(source.directory, "tokenizer.json", TOKENIZER_LIMIT)

@@ -646,6 +646,56 @@ def _():
         expect(tuple(export_weights.read_config(published)), (*sizes, True, 10000.0, 1e-5), name)
 
 
+def renamed(names):
+    """Tensors under other names, in the places that they have."""
+    def change(source):
+        source.tensors = {names.get(name, name): tensor for name, tensor in source.tensors.items()}
+    return change
+
+
+def with_both(changes=lambda tensor: tensor):
+    """lm_head.weight beside embed_out.weight, changed."""
+    def change(source):
+        source.tensors["lm_head.weight"] = changes(source.tensors["embed_out.weight"])
+    return change
+
+
+@test("the projection to the vocabulary is taken by either name, by both if they are the same, in shards too")
+def _():
+    want = exported()
+    new_name = renamed({"embed_out.weight": "lm_head.weight"})
+    for what, change in (("lm_head", new_name), ("both", with_both()),
+                         ("both, lm_head first", lambda source: (with_both()(source), backwards(source)))):
+        assert exported(change) == want, what
+
+    def in_shards(source, names):
+        """One shard a name."""
+        directory = tmpdir() / "model"
+        tensors = {name: (shape, array("f", data)) for name, (_, shape, data) in source.tensors.items()}
+        models.save_model(directory, source.config, tensors, shards=len(tensors), tokenizer=source.tokenizer)
+        index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+        assert index[names[0]] != index.get(names[1]), index
+        return directory
+    for change, names in ((new_name, ("lm_head.weight", "")), (with_both(), ("embed_out.weight", "lm_head.weight"))):
+        source = Source()
+        change(source)
+        directory = in_shards(source, names)
+        code, err = run_inside(directory, "-o", directory / "out.bin")
+        expect((code, (directory / "out.bin").read_bytes() == want), (0, True), err)
+
+    def one_bit(tensor):
+        return (*tensor[:2], tensor[2][:-1] + bytes([tensor[2][-1] ^ 1]))
+    both = ["embed_out.weight", "lm_head.weight", "one of the two"]
+    check_all_refused([
+        ("both, one bit apart", with_both(one_bit), both),
+        ("both, another shape", with_both(lambda tensor: (tensor[0], [48, ROWS], tensor[2])), both),
+        ("both, another type", with_both(lambda tensor: ("BF16", tensor[1], tensor[2][:len(tensor[2]) // 2])), both),
+        ("neither", lambda source: source.tensors.pop("embed_out.weight"), ["embed_out.weight or lm_head.weight"]),
+        ("lm_head of another size", lambda source: (
+            new_name(source), tensor("lm_head.weight", shape=[301, 48])(source)), ["lm_head.weight", "[301, 48]"]),
+        ("a bias of lm_head", tensor("lm_head.bias", shape=[ROWS]), ["lm_head.bias"])])
+
+
 @test("tensors that are missing, unknown, of another shape or dtype, or not finite are refused by name")
 def _():
     first = "gpt_neox.layers.0.attention.dense.weight"

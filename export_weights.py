@@ -796,7 +796,7 @@ Remote = namedtuple("Remote", "name commit etag size")     # a file as the hub d
 
 TRIES = 6            # in a row without a new byte before we give up
 BACK_OFF = 1.0       # seconds before the second try, twice as many before each further one
-LONGEST_WAIT = 300   # seconds, even where the server asks for more
+LONGEST_WAIT = 300   # seconds, even if a server asks for more; the hub counts in windows of 300
 TIMEOUT = 30         # seconds without a sign of life
 REDIRECTS = 10
 
@@ -855,14 +855,32 @@ def address(text, base=""):
 
 
 def retry_after(answer):
-    """Seconds, from a number or a date, or None."""
+    """Seconds from Retry-After, a number or a date, or None."""
     text = answer.headers.get("Retry-After", "").strip()
     if re.fullmatch("[0-9]{1,9}", text):
-        return int(text)
+        return min(int(text), LONGEST_WAIT)
     try:
-        return max(0, email.utils.mktime_tz(email.utils.parsedate_tz(text)) - time.time())
+        date = email.utils.mktime_tz(email.utils.parsedate_tz(text))
     except (TypeError, ValueError, OverflowError, IndexError):
         return None
+    return min(max(0, date - time.time()), LONGEST_WAIT)
+
+
+def window_end(answer):
+    """Seconds to the end of the windows whose requests we have used up, or None. The hub tells it
+    as `RateLimit: "api";r=0;t=45` (draft-ietf-httpapi-ratelimit-headers), in whole seconds."""
+    ends = []
+    for window in ",".join(answer.headers.get_all("RateLimit", [])).split(","):
+        rest = dict(re.findall(r";\s*([rt])\s*=\s*([0-9]{1,9})\s*(?=;|$)", window.strip()))
+        if int(rest.get("r", 1)) == 0 and "t" in rest:
+            ends.append(min(int(rest["t"]), LONGEST_WAIT) + 1)
+    return max(ends, default=None)
+
+
+def asked_wait(answer):
+    """Seconds that a busy server asks us to wait, the longer if it does so twice, or None."""
+    waits = [retry_after(answer), window_end(answer) if answer.status == 429 else None]
+    return max((wait for wait in waits if wait is not None), default=None)
 
 
 def persist(what, action, reached=lambda: 0):
@@ -873,16 +891,15 @@ def persist(what, action, reached=lambda: 0):
         try:
             return action()
         except Broken as broken:
-            fault, wait = broken.args
+            what_broke, wait = broken.args
         now = reached()
         tries, best = 1 if now > best else tries + 1, max(now, best)
         if tries == TRIES:
-            raise ExportError(f"{what}: {fault}; given up after {tries} tries; run it again later, "
-                              "the download goes on where it stopped")
+            raise ExportError(f"{what}: {what_broke}; given up after {tries} tries; run it again "
+                              "later, the download goes on where it stopped")
         if wait is None:
             wait = BACK_OFF * 2 ** (tries - 1) * random.uniform(0.5, 1)
-        wait = min(wait, LONGEST_WAIT)
-        note(f"{what}: {fault}; next try in {wait:.0f} s")
+        note(f"{what}: {what_broke}; next try in {wait:.0f} s")
         time.sleep(wait)
 
 
@@ -982,7 +999,7 @@ class Hub:
                               f"{self.endpoint}/{self.model} and set HF_TOKEN to "
                               f"{'another' if self.token else 'a'} token that may read it")
         if status in (408, 429) or status >= 500:
-            raise Broken(f"the server answers {status}", retry_after(answer))
+            raise Broken(f"the server answers {status}", asked_wait(answer))
         raise ExportError(f"{self.endpoint} answers {status} for {what}; {NO_HUB}")
 
     def describe(self, name, revision):

@@ -527,6 +527,30 @@ def _():
         assert 0 <= wait <= 1, (text, wait)
 
 
+@test("429: the wait lasts to the end of the window that RateLimit tells, and a second more, up to five minutes")
+def _():
+    def wait(code=429, **headers):
+        case = Case()
+        case.hub.faults["hub", "HEAD", "config.json"] = [status(code, **headers)]
+        case.check_works()
+        [wait] = case.waits
+        return wait
+    # The first is the hub's own form; then what structured fields (RFC 8941) allow, and several windows.
+    for text, want in (('"api";r=0;t=45', 46), ('"resolvers";r=0;t=300', 301), ('"api";r=0;t=0', 1),
+                       ('"api";r=0;t=301', 301), ('"api";r=0;t=' + "9" * 9, 301), ('"api"; r=0; t=45', 46),
+                       ('"api";t=45;r=0', 46), ('"api";r=0;t=45;pk=:cHJ=:', 46),
+                       ('"api";r=0;t=45, "pages";r=3;t=200', 46), ('"api";r=0;t=45, "pages";r=0;t=200', 201)):
+        expect(wait(RateLimit=text), want, text)
+        expect(wait(ratelimit=text), want, text)
+    expect(wait(RateLimit='"api";r=0;t=45', Retry_After="7"), 46, "both: the longer")
+    expect(wait(RateLimit='"api";r=0;t=45', Retry_After="70"), 70, "both: the longer")
+    for text in ('"api";r=7;t=45', '"api";r=0', '"api";t=45', '"api"', "", '"api";r=0;t=-5', '"api";r=0;t=1.5',
+                 '"api";r=0;t=' + "9" * 40, "r=0 t=45"):
+        assert 0 <= wait(RateLimit=text) <= 1, text   # no window is used up: as without it
+        expect(wait(RateLimit=text, Retry_After="7"), 7, text)
+    assert 0 <= wait(503, RateLimit='"api";r=0;t=45') <= 1, "a server that is down is not waited for so"
+
+
 @test("a fault that does not pass ends after six tries in vain, and the next run goes on where this one stopped")
 def _():
     case = Case()

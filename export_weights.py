@@ -824,6 +824,12 @@ def path_setting(name, default):
     return os.path.expandvars(os.path.expanduser(os.environ.get(name, default)))
 
 
+def another_cache():
+    """What to do if the cache cannot lie where it does: the variable that counts here."""
+    names = [name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if name in os.environ]
+    return f"set {[*names, 'HF_HOME'][0]} to another place"
+
+
 def hub_token(home):
     """The user's token, or "". No message may show it."""
     if switched_on("HF_HUB_DISABLE_IMPLICIT_TOKEN"):
@@ -831,8 +837,11 @@ def hub_token(home):
     token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN", "")
     path = path_setting("HF_TOKEN_PATH", os.path.join(home, "token"))
     if not token.strip() and os.path.isfile(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            token = file.read()
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                token = file.read()
+        except OSError as error:
+            raise ExportError(f"cannot read the token in {path}: {fault(error, 'set HF_TOKEN')}")
     token = token.replace("\r", "").replace("\n", "").strip()
     if not (token.isascii() and token.isprintable()):   # http.client would show it in its complaint
         raise ExportError("HF_TOKEN or the token's file has characters that no token has; "
@@ -922,17 +931,60 @@ def has_hash(path, etag):
     return digest.hexdigest() == etag
 
 
+def lock_now(file):
+    """Whether nobody holds this file's lock, which then is ours."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def locked(path, what):
-    """Holds the lock that huggingface_hub takes for the same blob."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "ab") as file:
+    """Holds the lock that huggingface_hub takes for the same blob, and says whether that keeps
+    others out: some disks have no locks, and some give one to everybody who asks."""
+    with contextlib.ExitStack() as files:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            note(f"{what}: waiting for another download of it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            ours, another = (files.enter_context(open(path, "ab")) for _ in range(2))
+            if not lock_now(ours):
+                note(f"{what}: waiting for another download of it")
+                fcntl.flock(ours, fcntl.LOCK_EX)
+            alone = not lock_now(another)
+        except OSError:
+            alone = False
+        yield alone
+
+
+@contextlib.contextmanager
+def partial_file(blob, alone):
+    """The name of what came so far of a blob. Where no lock keeps others out it is ours alone as
+    long as we write to it, and at the end what is left of it is for the next run."""
+    partial = blob + ".incomplete"
+    if alone:
+        yield partial
+        return
+    ours = f"{blob}.{secrets.token_hex(4)}.incomplete"
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(partial, ours)
+    try:
+        yield ours
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(ours, partial)
+
+
+def link_blob(blob, name):
+    """The file of the snapshot as a link to its blob, at once and whoever else makes it too."""
+    link = f"{name}.{secrets.token_hex(4)}.part"
+    try:
+        os.symlink(os.path.join("..", "..", "blobs", os.path.basename(blob)), link)
+        os.replace(link, name)
+    except OSError:   # a disk without links
+        os.replace(blob, name)
+    finally:
+        remove(link)
 
 
 class Hub:
@@ -1051,10 +1103,9 @@ class Hub:
                 done += len(data)
                 progress.show(remote.name, done)
 
-    def fetch(self, remote, blob):
+    def fetch(self, remote, blob, partial):
         """The file as a blob, by way of the partial file."""
-        partial = blob + ".incomplete"
-        if is_whole(blob, remote.size):
+        if is_whole(blob, remote.size) and has_hash(blob, remote.etag):
             return
         for last in (False, True):
             with open(partial, "r+b", opener=open_or_create) as file:
@@ -1085,19 +1136,17 @@ class Hub:
                 part = blob + ".incomplete"
                 needed += remote.size - (os.path.getsize(part) if os.path.exists(part) else 0)
         free = shutil.disk_usage(blobs).free
-        expect(free >= needed, blobs, free, f"{needed} bytes of room", "make room, or set HF_HOME")
+        expect(free >= needed, blobs, free, f"{needed} bytes of room",
+               "make room, or " + another_cache())
         cache, folder = os.path.split(self.folder)
         for remote, blob, name in files:
-            with locked(os.path.join(cache, ".locks", folder, remote.etag + ".lock"), remote.name):
+            lock = os.path.join(cache, ".locks", folder, remote.etag + ".lock")
+            with locked(lock, remote.name) as alone:
                 if is_whole(name, remote.size):
                     continue
-                self.fetch(remote, blob)
-                if os.path.lexists(name):
-                    os.unlink(name)
-                try:
-                    os.symlink(os.path.join("..", "..", "blobs", remote.etag), name)
-                except OSError:   # a disk without links
-                    os.replace(blob, name)
+                with partial_file(blob, alone) as partial:
+                    self.fetch(remote, blob, partial)
+                link_blob(blob, name)
 
     def download(self, revision):
         """The directory of the snapshot, with all that an export needs."""
@@ -1159,8 +1208,9 @@ def hub_snapshot(model, revision):
     try:
         return snapshot or Hub(model, folder, hub_token(home)).download(revision)
     except OSError as error:   # the disk's: those of the network are dealt with above
-        raise ExportError(f"cannot download to {folder}: {error}; make room or set HF_HOME, and "
-                          "run it again: the download goes on where it stopped")
+        raise ExportError(f"cannot download to {error.filename or folder}: "
+                          f"{fault(error, another_cache())}; run it again then, the download goes "
+                          "on where it stopped")
 
 
 def resolve(source, revision):

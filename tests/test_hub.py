@@ -6,6 +6,8 @@ files. live_hub.py shows that the real huggingface_hub takes this server for the
 import collections
 import contextlib
 import email.utils
+import errno
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -745,7 +747,7 @@ def _():
     child = case.start("resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))")
     err = child.communicate(timeout=30)[1].decode()
     expect(child.returncode, 1, err)
-    assert "File too large" in err and "make room" in err and str(case.folder) in err and "Traceback" not in err, err
+    assert "File too large" in err and "ulimit -f" in err and str(case.folder) in err and "Traceback" not in err, err
     expect((case.partial().stat().st_size, os.listdir(case.out.parent)), (100000, []))
     case.check_works()
     expect([r.headers["Range"] for r in case.hub.log if r.host == "cdn"], ["bytes=100000-"])
@@ -762,6 +764,100 @@ def _():
         expect(case.run()[0], 0)
     case.check_exported()
     expect(case.run(HF_HUB_OFFLINE=1)[0], 0)
+
+
+@test("each fault of the cache's disk comes with what mends it, and with the variable that moves the cache")
+def _():
+    for number, words in ((errno.ENOSPC, ["make room on that disk"]), (errno.EDQUOT, ["quota"]),
+                          (errno.EACCES, ["the right"]), (errno.EPERM, ["the right"]),
+                          (errno.EROFS, ["mounted for writing"]), (errno.EFBIG, ["ulimit -f"]),
+                          (errno.EIO, ["whether that disk is well"]), (errno.ENAMETOOLONG, ["shorter names"]),
+                          (errno.ENOTDIR, ["out of the way"]), (errno.ESTALE, [])):
+        fault = OSError(number, os.strerror(number), "/some/place")
+        for method in ("fetch", "fetch_all"):
+            case = Case()
+            with mock.patch.object(export_weights.Hub, method, side_effect=fault):
+                err = case.check_fails(["cannot download to /some/place: " + os.strerror(number), "set HF_HOME to",
+                                        "goes on where it stopped", *words], lines=2)
+            assert number in (errno.ENOSPC, errno.EDQUOT) or "make room" not in err, err
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        case = Case()
+        case.folder = case.top / "cache" / case.folder.name
+        with mock.patch.object(export_weights.Hub, "fetch", side_effect=OSError(errno.EIO, "x")):
+            case.check_fails(["cannot download to %s" % case.folder, "set %s to" % name], **{name: case.top / "cache"})
+    case = Case()
+    (case.top / "token").write_text(TOKEN)
+    opened = open
+
+    def closed(path, *args, **options):
+        if str(path).endswith("/token"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **options)
+    with mock.patch("builtins.open", closed):
+        case.check_fails(["cannot read the token in %s" % (case.top / "token"), "HF_TOKEN"],
+                         HF_TOKEN_PATH=case.top / "token", lines=1)
+
+
+def until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen in 10 s")
+
+
+def no_locks(number):
+    return mock.patch.object(fcntl, "flock", side_effect=OSError(number, os.strerror(number)))
+
+
+@test("a cache on a disk without locks, or whose locks keep nobody out, stops and damages no download")
+def _():
+    for number in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+        case = Case()
+        with no_locks(number):
+            case.check_works()
+    case = Case()
+    (case.top / "home" / "hub").mkdir(parents=True)
+    (case.top / "home" / "hub" / ".locks").write_text("a file, where no lock can lie")
+    case.check_works()
+    size = len(case.hub.files[WEIGHTS])
+    case = Case()   # what came before a break is resumed there too
+    with no_locks(errno.ENOSYS):
+        case.hub.faults["cdn", "GET", WEIGHTS] = [cut(5000), always(status(403))]
+        case.check_fails([WEIGHTS])
+        case.hub.faults.clear()
+        case.check_works()
+    expect([r.headers["Range"] for r in case.hub.log if r.host == "cdn"], ["bytes=5000-"])
+    expect(case.hub.sent[WEIGHTS], size - 5000)
+
+    # Two at once, each of which is told that it has the lock. The first pauses; meanwhile the second begins,
+    # meets a server that does not resume, begins again, and ends first.
+    everybody = "import fcntl\nfcntl.flock = lambda *args: None"
+    for fault in ([], [status(416)], [with_headers(Content_Range="bytes 1-2/3")], [cut(20000)]):
+        case = Case()
+        go_on = threading.Event()
+        case.hub.faults["cdn", "GET", WEIGHTS] = [lambda answer: setattr(answer, "pause", go_on), *fault]
+        first = case.start(everybody)
+        until(lambda: any(path.stat().st_size > size // 4 for path in case.folder.glob("blobs/*.incomplete")))
+        other = Case(hub=case.hub)
+        other.top, other.folder = case.top, case.folder
+        for child in (other.start(everybody), first):
+            err = child.communicate(timeout=30)[1].decode()
+            go_on.set()
+            expect(child.returncode, 0, err)
+            assert "damaged" not in err, err
+        case.check_exported()
+        case.check_cache()
+        expect(case.out.read_bytes() == other.out.read_bytes(), True)
+
+
+@test("a blob that is damaged and has no name in the snapshot is downloaded anew, so that removing the name helps")
+def _():
+    case = Case()
+    case.check_works()
+    case.blob(WEIGHTS).write_bytes(flipped(case.hub.files[WEIGHTS]))
+    (case.folder / "snapshots" / COMMIT / WEIGHTS).unlink()
+    case.check_works()
 
 
 @test("Ctrl-C and SIGTERM leave the partial file and nothing under OUT's name; kill -9 costs no more")

@@ -20,6 +20,7 @@ import contextlib
 import email.utils
 import errno
 import fcntl
+import glob
 import hashlib
 import http.client
 import io
@@ -139,8 +140,20 @@ class Progress:
 # and a second for each 4 MB. With all the layers that kl3m takes, and their buffers, a safetensors
 # header has 8 MB and an index 5; the real tokenizer.json has 2 MB, the real config.json 1 KB.
 HEADER_LIMIT, TOKENIZER_LIMIT, CONFIG_LIMIT = 1 << 24, 1 << 25, 1 << 20
-DAMAGED = "the file is damaged or cut short: download it again"
+DAMAGED = "the file is damaged or cut short: remove it and download it again"
 CHUNK = 1 << 16   # bytes at a time
+
+RESAVE = "load it with transformers and use save_pretrained, which writes model.safetensors"
+# What else may stand under a file's name, by its first bytes, and what to do then.
+KINDS = (
+    (rb"version https://git-lfs\.github\.com/spec/",
+     "a Git LFS pointer, not the file that it stands for",
+     "run `git lfs pull` in its folder, or download the file itself"),
+    (rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|error)", "a web page, not the file",
+     "download the file itself: its address on the hub has /resolve/ where the page's has /blob/"),
+    (rb"PK\x03\x04|\x80[\x02-\x05]", "a pickle of PyTorch", RESAVE),
+    (rb"GGUF", "a model for llama.cpp", "pass the model that it was made from"),
+    (rb"\x89HDF", "a model for TensorFlow", RESAVE))
 
 # What mends a fault of the disk, where that is known.
 MENDS = {errno.ENOSPC: "make room on that disk", errno.EDQUOT: "make room in your quota there",
@@ -167,15 +180,27 @@ def reading(path):
         raise ExportError(f"cannot read {path}: {fault(error, 'take another copy of it')}")
 
 
-def size_of(path, expected, remedy):
-    """The size of a plain file, which must be there."""
+def status_of(path):
+    """What os.stat says, or None if there is nothing."""
     with reading(path):
         try:
-            status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            status = None
+            return os.stat(path)
+        except (FileNotFoundError, NotADirectoryError, ValueError):   # the last: NUL in the name
+            return None
+
+
+def size_of(path, expected, remedy):
+    """The size of a plain file, which must be there."""
+    status = status_of(path)
     expect(status and stat.S_ISREG(status.st_mode), path, None, expected, remedy)
     return status.st_size
+
+
+def explain_start(path, start):
+    """Refuses a file that is not of the kind it should be and starts as others do."""
+    for pattern, what, remedy in KINDS:
+        if re.match(pattern, start):
+            raise ExportError(f"{path} is {what}; {remedy}")
 
 
 def remove(path):
@@ -231,7 +256,9 @@ def read_object(directory, name, limit):
     size = size_of(path, f"the model's {name}", "pass the directory that has it")
     expect(size <= limit, path, size, f"at most {limit} bytes", DAMAGED)
     with reading(path), open(path, "rb") as file:
-        return parse_object(file.read(), path)
+        data = file.read()
+    explain_start(path, data)
+    return parse_object(data, path)
 
 
 def is_count(value):
@@ -362,10 +389,15 @@ def read_safetensors(path):
     """{name: Tensor} of one file without buffers. Its tensors must cover the data, none overlap."""
     file_size = size_of(path, "a file", "download it")
     with reading(path), open(path, "rb") as file:
-        data_start = 8 + int.from_bytes(file.read(8), "little")
-        expect(8 < data_start <= min(file_size, 8 + HEADER_LIMIT), path, data_start - 8,
-               f"a header's size that fits a file of {file_size} bytes, and at most {HEADER_LIMIT}",
-               DAMAGED)
+        start = file.read(200)
+        data_start = 8 + int.from_bytes(start[:8], "little")
+        if not 8 < data_start <= min(file_size, 8 + HEADER_LIMIT):
+            explain_start(path, start)
+            expect(not re.fullmatch(rb"[\s!-~]+", start), path, start.decode("ascii", "replace"),
+                   "weights", "download the file itself, with HF_TOKEN if that is asked for")
+            expect(False, path, data_start - 8, f"a header's size that fits a file of {file_size} "
+                   f"bytes, and at most {HEADER_LIMIT}", DAMAGED)
+        file.seek(8)
         header = parse_object(file.read(data_start - 8), f"{path}: header")
     header.pop("__metadata__", None)
     tensors = [read_entry(path, name, entry, data_start, file_size)
@@ -398,6 +430,43 @@ def read_index(directory):
         expect(isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*", shard),
                f"{INDEX}: {show(name)}", shard, "a plain file name", DAMAGED)
     return shard_of
+
+
+MERGE = "merge it into its base model (PEFT's merge_and_unload, then save_pretrained) and pass that"
+# Weights that are not what an export reads: the names of their files, what they are, what to do.
+OTHER_WEIGHTS = (
+    (r"adapter_(config\.json|model\..*)", "an adapter without its base model", MERGE),
+    (r"model-\d+-of-\d+\.safetensors", "a shard without the index", f"download {INDEX} too"),
+    (r".*\.safetensors", "which is not the name", f"rename it to {SINGLE} if it is the model"),
+    (r"pytorch_model.*\.(bin|json)|(model|consolidated).*\.(pt|pth|ckpt)", "PyTorch's format",
+     RESAVE),
+    (r".*\.gguf", "llama.cpp's format", "pass the model that it was made from"),
+    (r"flax_model.*|tf_model.*|.*\.(h5|msgpack|onnx|ot|npz)", "another library's format", RESAVE))
+
+
+def explain_weights(place, names):
+    """Refuses a place that has weights of another kind among its files."""
+    for pattern, what, remedy in OTHER_WEIGHTS:
+        for name in filter(re.compile(pattern).fullmatch, sorted(names)):
+            raise ExportError(f"{place} has no {SINGLE} but {name}, {what}; {remedy}")
+
+
+def check_folder(directory):
+    """Whether the directory has what an export needs; if not, what is there instead is named."""
+    with reading(directory):
+        names = os.listdir(directory)
+    if SINGLE not in names and INDEX not in names:
+        explain_weights(directory, names)
+        for below in "*", os.path.join("snapshots", "*"):   # the latter in the hub's cache
+            pattern = os.path.join(glob.escape(directory), below, "config.json")
+            for found in sorted(glob.glob(pattern)):
+                raise ExportError(f"{directory} has no {SINGLE}; pass the folder in it that has "
+                                  f"the model, such as {os.path.dirname(found)}")
+        raise ExportError(f"{directory} has no {SINGLE} and no {INDEX}; pass the directory that "
+                          "has the model, or its name on the hub like org/model")
+    for name in ("config.json", "tokenizer.json"):
+        expect(name in names, os.path.join(directory, name), None, "the model's, beside its "
+               "weights", f"copy the {name} of that model, or of its base model, there")
 
 
 def read_tensors(directory):
@@ -489,14 +558,30 @@ def with_one_projection(tensors):
     return {**others, PROJECTIONS[0]: old or new} if old or new else others
 
 
+def check_names(tensors):
+    """Refuses weights that were saved with something around the model, or without its head."""
+    embedding = "embed_in.weight"
+    expected = "gpt_neox." + embedding
+    for name in tensors:
+        expect(".lora_" not in name, "tensors", name, "no adapter", MERGE)
+        if name.endswith(embedding):
+            around = name[:-len(embedding)]
+            remedy = (MERGE if "base_model." in around else
+                      "save the model itself and not what wraps it" if around else
+                      "save the whole GPTNeoXForCausalLM and not the GPTNeoXModel in it")
+            expect(name == expected, "tensors", name, expected, remedy)
+
+
 def check_tensors(config, tensors):
     """Hold every weight of the table against the files; no tensor may be missing or left over."""
     unknown = dict(tensors)
+    strange = sorted(unknown.keys() - {weight.source for weight in tensor_table(config)})
     for weight in tensor_table(config):
         tensor = unknown.pop(weight.source, None)
         shape = [weight.cols] if weight.kind == VECTOR else [weight.rows, weight.cols]
         names = PROJECTIONS if weight.source in PROJECTIONS else [weight.source]
-        expect(tensor, " or ".join(names), None, f"a tensor of shape {shape}", ANOTHER)
+        expect(tensor, " or ".join(names), *(strange[:1] or [None]), f"a tensor of shape {shape}",
+               ANOTHER)
         expect(tensor.shape == shape, f"{tensor.name}: shape", tensor.shape, shape, ANOTHER)
         expect(tensor.dtype in ITEM_SIZE, f"{tensor.name}: dtype", tensor.dtype, "F32, F16 or BF16",
                "save the weights as one of these")
@@ -1148,16 +1233,30 @@ class Hub:
                     self.fetch(remote, blob, partial)
                 link_blob(blob, name)
 
+    def describe_or_explain(self, name, revision):
+        """The file as a Remote; if the model lacks it, its weights may be of another kind."""
+        try:
+            return self.describe(name, revision)
+        except Missing:
+            for other in "adapter_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json":
+                with contextlib.suppress(Missing):
+                    found = self.describe(other, revision)
+                    explain_weights(f"{self.model} on the hub", [found.name])
+            raise
+
     def download(self, revision):
         """The directory of the snapshot, with all that an export needs."""
-        config = self.describe("config.json", revision)
+        try:
+            config = self.describe_or_explain("config.json", revision)
+        except ExportError as error:
+            raise ExportError(f"{error} (and there is no directory {self.model} here)")
         note(f"downloading {self.model}, commit {config.commit}, to {self.folder}")
         snapshot = os.path.join(self.folder, "snapshots", config.commit)
         tokenizer = self.describe("tokenizer.json", config.commit)
         try:
             weights = self.describe(SINGLE, config.commit)
         except Missing:
-            weights = self.describe(INDEX, config.commit)
+            weights = self.describe_or_explain(INDEX, config.commit)
         self.fetch_all([config, tokenizer, weights], snapshot)
         if weights.name == INDEX:
             shards = sorted(set(read_index(snapshot).values()))
@@ -1188,11 +1287,23 @@ def cached_snapshot(folder, revision):
     return snapshot if all(map(has, ["config.json", "tokenizer.json", *weights])) else None
 
 
+def check_model(source):
+    """Whether SOURCE, which is no directory, is what a name on the hub looks like."""
+    remedy = "pass a directory that has a model, or a name on the hub like org/model"
+    if status_of(source):
+        raise ExportError(f"{show(source)} is a file; {remedy}")
+    ok = re.fullmatch(r"\b[\w.-]+\b/\b[\w.-]+\b", source, re.ASCII)
+    if not ok or "--" in source or ".." in source:
+        page = re.match(r"https?://[^/]+/([\w.-]+/[\w.-]+)", source, re.ASCII)
+        named = f" ({page[1]}, if that is its page)" if page else ""
+        raise ExportError(f"there is no directory {show(source)}; {remedy}{named}")
+
+
 def hub_snapshot(model, revision):
     """The directory of a model's snapshot in the cache, downloaded if it is not there."""
-    ok = re.fullmatch(r"\b[\w.-]+\b/\b[\w.-]+\b", model, re.ASCII)
-    expect(ok and "--" not in model and ".." not in model, "SOURCE", model,
-           "a directory, or a name on the hub like org/model", "correct it")
+    check_model(model)
+    named = revision is not None
+    revision = revision if named else "main"
     ok = not {"", ".", ".."} & set(revision.split("/")) and revision.isprintable()
     expect(ok and "\\" not in revision, "--revision", revision, "a branch, a tag or a commit",
            "correct it")
@@ -1202,9 +1313,13 @@ def hub_snapshot(model, revision):
     cache = path_setting("HF_HUB_CACHE", cache)
     folder = os.path.join(cache, "models--" + model.replace("/", "--"))
     snapshot = cached_snapshot(folder, revision)
+    owner = model.split("/")[0]
+    if snapshot is None and not named and os.path.isdir(owner):   # a slip, most likely
+        raise ExportError(f"there is no directory {model}, though there is {owner}; correct it, or "
+                          "add --revision main if you mean the model on the hub")
     if snapshot is None and switched_on("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        raise ExportError(f"{model} at revision {revision} is not whole in {folder}; unset "
-                          "HF_HUB_OFFLINE")
+        raise ExportError(f"{model} at revision {revision} is not whole in {folder}, and no "
+                          "directory here; unset HF_HUB_OFFLINE")
     try:
         return snapshot or Hub(model, folder, hub_token(home)).download(revision)
     except OSError as error:   # the disk's: those of the network are dealt with above
@@ -1271,9 +1386,11 @@ BYTES, F32 = 0, 1   # section types
 
 def read_sections(source):
     """All sections in order, all checked; weights are read when their blocks are asked for."""
+    check_folder(source.directory)
     config_json = read_object(source.directory, "config.json", CONFIG_LIMIT)
     config = read_config(config_json)
     tensors = with_one_projection(read_tensors(source.directory))
+    check_names(tensors)
     config = config._replace(kv_heads=count_kv_heads(config, tensors))
     check_tensors(config, tensors)
     tokenizer = read_object(source.directory, "tokenizer.json", TOKENIZER_LIMIT)
@@ -1427,14 +1544,13 @@ def main():
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub "
                         "(default: main)")
     arguments = parser.parse_args()
-    revision = "main" if arguments.revision is None else arguments.revision
     if arguments.revision is not None and os.path.isdir(arguments.source):
         parser.error("--revision is for models on the hub, and SOURCE is a directory here")
     for number in STOPPERS:
         if signal.getsignal(number) != signal.SIG_IGN:   # as nohup leaves SIGHUP
             signal.signal(number, stop)
     try:
-        export(arguments.source, arguments.output, revision)
+        export(arguments.source, arguments.output, arguments.revision)
     except (ExportError, OSError, RecursionError, MemoryError) as error:
         note(f"error: {str(error) or type(error).__name__}")
         return 1

@@ -785,7 +785,7 @@ def _():
         ("one byte short", bytes_of(lambda data: data[:-1]), ["model.safetensors", "download"]),
         ("one byte more", bytes_of(lambda data: data + b"\0"), ["size", "download"]),
         ("no data", bytes_of(lambda data: data[:8 + struct.unpack("<Q", data[:8])[0]]), ["download"]),
-        ("a pointer file", bytes_of(lambda data: b"version https://git-lfs.github.com/spec/v1\n"), ["header"]),
+        ("a pointer file", bytes_of(lambda data: b"version https://git-lfs.github.com/spec/v1\n"), ["Git LFS"]),
         ("length 0", length(0), ["header"]),
         ("length 2^63", length(2 ** 63), ["header", str(2 ** 63)]),
         ("length 2^64 - 1", length(2 ** 64 - 1), ["header"]),
@@ -989,6 +989,111 @@ def _():
         expect((code, err.count("\n")), (1, 1), err)
         for word in words:
             assert word in err, err
+
+
+def said_of(directory):
+    """The one line that an export of this directory ends with."""
+    out = tmpdir() / "x.bin"
+    code, err = run_inside(directory, "-o", out)
+    assert code == 1 and err.startswith("export_weights.py: error: ") and err.count("\n") == 1, (code, err)
+    assert not out.exists()
+    return err
+
+
+RESAVE = ["transformers", "save_pretrained"]
+
+
+@test("a folder with weights of another kind, or without a part, is told what it has and what to do")
+def _():
+    for names, words in [   # what the folder has in place of model.safetensors
+            (["pytorch_model.bin"], ["pytorch_model.bin", "PyTorch", *RESAVE]),
+            (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["pytorch_model-00001-of", *RESAVE]),
+            (["consolidated.00.pth"], ["consolidated.00.pth", *RESAVE]), (["model.pt"], ["model.pt", *RESAVE]),
+            (["optimizer.pt", "pytorch_model.bin", "training_args.bin"], ["pytorch_model.bin", *RESAVE]),
+            (["kl3m.Q8_0.gguf"], ["kl3m.Q8_0.gguf", "llama.cpp", "made from"]),
+            (["flax_model.msgpack"], ["flax_model.msgpack", *RESAVE]), (["tf_model.h5"], ["tf_model.h5", *RESAVE]),
+            (["model.onnx"], ["model.onnx", *RESAVE]),
+            (["weights.safetensors"], ["weights.safetensors", "rename it to model.safetensors"]),
+            (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+             ["model-00001-of-00002.safetensors", "download model.safetensors.index.json"]),
+            (["adapter_config.json", "adapter_model.safetensors"], ["adapter", "merge_and_unload"]),
+            (["model.bin", "README.md"], ["no model.safetensors", "org/model"]), ([], ["no model.safetensors"])]:
+        for has_config in (True, False):
+            source = small_source()
+            (source / "model.safetensors").unlink()
+            for name in names:
+                (source / name).write_bytes(b"x")
+            if not has_config:
+                (source / "config.json").unlink()
+            err = said_of(source)
+            for word in [str(source), *words]:
+                assert word in err, "no %r in %r" % (word, err)
+    for name in ("config.json", "tokenizer.json"):
+        source = small_source()
+        (source / name).unlink()
+        err = said_of(source)
+        assert str(source / name) in err and "base model" in err and "copy" in err, err
+    top = tmpdir()
+    for below in ("checkpoint-500", "models--some--model/snapshots/" + "0" * 40):
+        source = small_source(top, below)
+        err = said_of(source.parent.parent if "snapshots" in below else source.parent)
+        assert str(source) in err and "pass the folder in it" in err, err
+    expect(run_inside(top / "checkpoint-500", "-o", top / "x.bin")[0], 0)
+
+
+@test("a Git LFS pointer, a web page or another format in a file's place is called that, with the remedy that works")
+def _():
+    pointer = (b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 671788032\n" % (b"0" * 64))
+    for content, words in [
+            (pointer, ["a Git LFS pointer", "git lfs pull", "download"]),
+            (b"<!doctype html>\n<html class=\"\"><head>", ["a web page", "/resolve/"]),
+            (b"\n <HTML>\n<body>Please log in", ["a web page", "/resolve/"]),
+            (b"\xef\xbb\xbf<!DOCTYPE html>", ["a web page"]),
+            (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', ["a web page"]),
+            (b"PK\x03\x04" + bytes(100), ["pickle of PyTorch", *RESAVE]),
+            (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", ["pickle of PyTorch", *RESAVE]),
+            (b"GGUF\x03\0\0\0", ["llama.cpp", "made from"]), (b"\x89HDF\r\n\x1a\n", ["TensorFlow", *RESAVE])]:
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"):
+            source = small_source()
+            if name.endswith("index.json"):
+                (source / "model.safetensors").unlink()
+            (source / name).write_bytes(content)
+            err = said_of(source)
+            for word in [str(source / name), *words]:
+                assert word in err, "no %r in %r" % (word, err)
+            assert "damaged" not in err, err
+    for text in (b"Entry not found", b"Invalid username or password.", b'{"error":"Repository not found"}', b"no\n"):
+        source = small_source()
+        (source / "model.safetensors").write_bytes(text)
+        err = said_of(source)
+        assert json.dumps(text.decode()) in err and "download the file itself" in err, err
+    for size in (0x10280, 0x10380, 0x40480):   # a sound file that begins as a pickle does
+        def padded(data, size=size):
+            length = struct.unpack("<Q", data[:8])[0]
+            return struct.pack("<Q", size) + data[8:8 + length] + b" " * (size - length) + data[8 + length:]
+        exported(raw("model.safetensors", padded))
+
+
+@test("weights under other names are refused by the name that they have, the one expected, and how to save them")
+def _():
+    def prefix(text, cut=""):
+        return lambda source: renamed({name: text + name[len(cut):] if name.startswith(cut) else name
+                                       for name in source.tensors})(source)
+    lora = "base_model.model.gpt_neox.layers.0.attention.query_key_value.lora_A.weight"
+    merge, expected = ["merge_and_unload"], "gpt_neox.embed_in.weight"
+    check_all_refused([
+        ("of a PeftModel", prefix("base_model.model."), ["base_model.model." + expected, expected, *merge]),
+        ("an adapter", lambda source: (source.tensors.clear(), tensor(lora, shape=[1])(source)), [lora, *merge]),
+        ("an adapter beside the weights", lambda source: tensor(lora[len("base_model.model."):], shape=[1])(source),
+         ["lora_A", *merge]),
+        ("of a DistributedDataParallel", prefix("module."), ["module." + expected, expected, "wraps"]),
+        ("of torch.compile", prefix("_orig_mod."), ["_orig_mod." + expected, expected, "wraps"]),
+        ("of another wrapper", prefix("model."), ["model." + expected, expected, "wraps"]),
+        ("of GPTNeoXModel", prefix("", "gpt_neox."), ['"embed_in.weight"', expected, "GPTNeoXForCausalLM"]),
+        ("of a classifier", renamed({"embed_out.weight": "score.weight"}), ["embed_out.weight", '"score.weight"']),
+        ("of another architecture", renamed({"gpt_neox.layers.0.attention.dense.weight": "model.o_proj.weight"}),
+         ["gpt_neox.layers.0.attention.dense.weight", '"model.o_proj.weight"']),
+    ])
 
 
 # ---- The file on the disk ---------------------------------------------------------------------

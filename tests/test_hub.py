@@ -342,6 +342,54 @@ def _():
     assert code == 1 and "some-org/other" in err and "check the name" in err, err
 
 
+@test("a slip in a folder's name is called that, at once where it can be told and at the end of all tries where not")
+def _():
+    case = Case()
+    (case.top / "tests").mkdir()
+    (case.top / "a file").write_text("x")
+    here = os.getcwd()
+    os.chdir(case.top)
+    try:
+        for name, words in (("tests/tyni", ["no directory tests/tyni", "--revision main"]),
+                            ("./tests/tyni", ["no directory"]), ("~/models/x", ["no directory"]),
+                            (str(case.top / "tyni"), ["no directory", "tyni"]), ("a file", ['"a file" is a file']),
+                            ("https://huggingface.co/some-org/tiny.model-1/tree/main", ["some-org/tiny.model-1"])):
+            code, err = case.run(model=name)
+            expect((code, err.count("\n"), case.hub.log, case.waits), (1, 1, [], []), name)
+            for word in words:
+                assert word in err, "no %r in %r" % (word, err)
+        # The model on the hub all the same: what is asked for by its revision, and what is in the cache.
+        (case.top / MODEL.split("/")[0]).mkdir()
+        expect(case.run()[0], 1)
+        case.check_works("--revision", "main")
+        case.check_works()
+        expect(case.hub.log, [])
+    finally:
+        os.chdir(here)
+    case = Case()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = "http://127.0.0.1:%d" % free.getsockname()[1]
+    none = "no directory %s here" % MODEL
+    case.check_fails([none, "given up after 6 tries"], HF_ENDPOINT=nobody)
+    case.check_fails(["no directory here"], HF_HUB_OFFLINE=1)
+    for code in (401, 404):
+        case.hub.faults["hub", "HEAD", "config.json"] = [status(code)]
+        case.check_fails([none])
+
+
+@test("a model whose weights are of another kind is told what it has on the hub")
+def _():
+    for missing, there, words in ((WEIGHTS, "pytorch_model.bin", ["PyTorch", "save_pretrained"]),
+                                  (WEIGHTS, "pytorch_model.bin.index.json", ["PyTorch", "save_pretrained"]),
+                                  ("config.json", "adapter_config.json", ["adapter", "merge_and_unload"])):
+        files = dict(model_files())
+        del files[missing]
+        case = Case({**files, there: b"{}"})
+        case.check_fails(["%s on the hub has no model.safetensors but %s" % (MODEL, there), *words])
+        assert not case.waits and not [name for method, name in case.hub.asked() if method == "GET"], case.hub.log
+
+
 @test("--revision: branches, tags, pull requests and commits; a way out of the cache is refused")
 def _():
     hub = FakeHub(dict(model_files()))

@@ -225,14 +225,15 @@ def part_beside(path):
 
 
 def keep_rights(file, path):
-    """The new file may be read by those who may read the one whose place it takes."""
+    """The new file may be read by those alone who may read the one whose place it takes."""
     if os.path.exists(path):
         older = os.stat(path)
         for owner, group in ((-1, older.st_gid), (older.st_uid, -1)):
-            with contextlib.suppress(PermissionError):   # only root may give a file away
+            with contextlib.suppress(OSError):   # only root may give a file away
                 os.fchown(file.fileno(), owner, group)
-        with contextlib.suppress(PermissionError):   # a disk without rights
-            os.fchmod(file.fileno(), older.st_mode & 0o777)
+        same_group = os.fstat(file.fileno()).st_gid == older.st_gid
+        with contextlib.suppress(OSError):   # a disk without rights
+            os.fchmod(file.fileno(), older.st_mode & (0o777 if same_group else 0o707))
 
 
 def parse_object(data, where):
@@ -254,7 +255,7 @@ def parse_object(data, where):
 def read_object(directory, name, limit):
     path = os.path.join(directory, name)
     size = size_of(path, f"the model's {name}", "pass the directory that has it")
-    expect(size <= limit, path, size, f"at most {limit} bytes", DAMAGED)
+    expect(size <= limit, path, size, f"at most {limit} bytes", "no model that kl3m runs has more")
     with reading(path), open(path, "rb") as file:
         data = file.read()
     explain_start(path, data)
@@ -329,7 +330,7 @@ def rope_number(config, newer, older, default, least, most):
     check_number(read, number, least, most)
     for name, value in spellings.items():
         expect_field(value is None or value == number, name, value,
-                     f"{number}, since transformers reads {read}",
+                     f"{number} as transformers takes it from {read}",
                      f"take it out, or set {older} too if the model was trained so")
     return float(number)
 
@@ -1233,22 +1234,19 @@ class Hub:
                     self.fetch(remote, blob, partial)
                 link_blob(blob, name)
 
-    def describe_or_explain(self, name, revision):
-        """The file as a Remote; if the model lacks it, its weights may be of another kind."""
-        try:
-            return self.describe(name, revision)
-        except Missing:
-            for other in "adapter_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json":
-                with contextlib.suppress(Missing):
-                    found = self.describe(other, revision)
-                    explain_weights(f"{self.model} on the hub", [found.name])
-            raise
+    def explain(self, revision):
+        """Refuses a model that has weights of another kind on the hub."""
+        for name in "adapter_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json":
+            with contextlib.suppress(Missing):
+                explain_weights(f"{self.model} on the hub", [self.describe(name, revision).name])
 
     def download(self, revision):
         """The directory of the snapshot, with all that an export needs."""
         try:
-            config = self.describe_or_explain("config.json", revision)
+            config = self.describe("config.json", revision)
         except ExportError as error:
+            if isinstance(error, Missing):
+                self.explain(revision)
             raise ExportError(f"{error} (and there is no directory {self.model} here)")
         note(f"downloading {self.model}, commit {config.commit}, to {self.folder}")
         snapshot = os.path.join(self.folder, "snapshots", config.commit)
@@ -1256,7 +1254,8 @@ class Hub:
         try:
             weights = self.describe(SINGLE, config.commit)
         except Missing:
-            weights = self.describe_or_explain(INDEX, config.commit)
+            self.explain(config.commit)
+            weights = self.describe(INDEX, config.commit)
         self.fetch_all([config, tokenizer, weights], snapshot)
         if weights.name == INDEX:
             shards = sorted(set(read_index(snapshot).values()))
@@ -1275,7 +1274,7 @@ def cached_snapshot(folder, revision):
     """The directory of a snapshot that is whole in the cache, or None."""
     ref = os.path.join(folder, "refs", revision)
     if os.path.isfile(ref):
-        with open(ref, encoding="utf-8", errors="replace") as file:
+        with reading(ref), open(ref, encoding="utf-8", errors="replace") as file:
             revision = file.read(100).strip()
     if not re.fullmatch(COMMIT, revision):
         return None
@@ -1352,7 +1351,7 @@ def card_license(directory):
     path = os.path.join(directory, "README.md")
     if not os.path.isfile(path):
         return None
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         text = file.read(1 << 16).decode("utf-8", "replace")
     front = re.match(r"---\r?\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
     line = front and re.search(r"^license:[ \t]*['\"]?([\w.-]+)", front[1], re.MULTILINE)
@@ -1468,22 +1467,19 @@ def check_target(out):
 
 
 def check_not_source(out, directory):
-    """OUT is no file of the source by another name or link; an older export there is none of it."""
-    if not os.path.exists(out):
-        return
-    with reading(out), open(out, "rb") as file:
-        if file.read(len(MAGIC)) == MAGIC:
-            return
-    for entry in os.scandir(directory):
-        expect(not (entry.is_file() and os.path.samefile(entry.path, out)), f"cannot write {out}",
-               entry.path, "no file of the source", ANOTHER_OUT)
+    """OUT is no file of the source by another name or link. An older export there is none of it."""
+    for entry in os.scandir(directory) if os.path.exists(out) else ():
+        if entry.is_file() and os.path.samefile(entry.path, out):
+            with reading(out), open(out, "rb") as file:
+                expect(file.read(len(MAGIC)) == MAGIC, f"cannot write {out}", entry.path,
+                       "no file of the source", ANOTHER_OUT)
 
 
 def write_model(out, path, sections, progress):
     """Write OUT, whose real path this is, whole or not at all."""
-    what, needed, free = f"cannot write {out}", progress.total, shutil.disk_usage(
-        os.path.dirname(path)).free
-    expect(free >= needed, what, free, f"{needed} bytes of room", "make room or " + ANOTHER_OUT)
+    what, free = f"cannot write {out}", shutil.disk_usage(os.path.dirname(path)).free
+    expect(free >= progress.total, what, free, f"{progress.total} bytes of room",
+           "make room or " + ANOTHER_OUT)
     try:
         with part_beside(path) as file:
             keep_rights(file, path)

@@ -1238,6 +1238,12 @@ def _():
     source = small_source()   # an older export in the source's own folder is no source
     for _ in range(2):
         expect(run_inside(source, "-o", source / "model.bin")[0], 0)
+    (top / "open").mkdir()
+    (top / "open" / "model.bin").write_bytes(b"not to be read")
+    for path, mode in ((top, 0o755), (top / "open", 0o777), (top / "open" / "model.bin", 0)):
+        path.chmod(mode)
+    code, err = run_changed(unprivileged(), small_source(top, "another"), "-o", top / "open" / "model.bin")
+    expect((code, stat.S_IMODE((top / "open" / "model.bin").stat().st_mode)), (0, 0), err)
 
 
 @test("a file keeps the rights that it had when it is replaced, and has them from the first byte on")
@@ -1256,6 +1262,14 @@ def _():
             os.chown(out, 4321, 1234)
             expect(run_inside(source, "-o", out)[0], 0)
             expect((out.stat().st_uid, out.stat().st_gid, out.stat().st_mode & 0o777), (4321, 1234, mode))
+    out = tmpdir() / "model.bin"   # a group that cannot be kept: no other has its rights
+    out.write_bytes(b"older")
+    out.chmod(0o664)
+    group = os.fstat
+    with mock.patch.object(os, "fchown", side_effect=PermissionError), mock.patch.object(
+            os, "fstat", lambda fd: os.stat_result([*group(fd)[:5], 99, *group(fd)[6:]])):
+        expect(run_inside(source, "-o", out)[0], 0)
+    expect(stat.S_IMODE(out.stat().st_mode), 0o604)
 
 
 def unprivileged():

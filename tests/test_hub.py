@@ -386,7 +386,8 @@ def _():
         files = dict(model_files())
         del files[missing]
         case = Case({**files, there: b"{}"})
-        case.check_fails(["%s on the hub has no model.safetensors but %s" % (MODEL, there), *words])
+        err = case.check_fails(["%s on the hub has no model.safetensors but %s" % (MODEL, there), *words])
+        assert "no directory" not in err, err
         assert not case.waits and not [name for method, name in case.hub.asked() if method == "GET"], case.hub.log
 
 

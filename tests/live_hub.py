@@ -8,6 +8,7 @@ import sys
 
 sys.dont_write_bytecode = True
 
+import copy
 import json
 import os
 import subprocess
@@ -15,9 +16,11 @@ import threading
 import time
 
 from harness import expect, run_tests, test
+from test_export import ROTARY
 from test_hub import COMMIT, MAIN_FILES, MODEL, TOKEN, WEIGHTS, Case, FakeHub, clean, model_files
 
 import huggingface_hub  # noqa: F401  so that the tests fail at once where it is not
+import transformers
 
 # What a process with the library does; its words on standard output are JSON.
 LIBRARY = """
@@ -154,6 +157,21 @@ say([constants.HF_HUB_CACHE, hub.is_offline_mode(), build_hf_headers().get("auth
         sent = {request.headers["Authorization"] for request in hub.log if request.host == "hub"}
         expect((code, sent), (1, set()) if offline else (0, {token}), "%s %s" % (more, err))
         assert (" %s/models--" % cache if offline else " to %s/models--" % cache) in err, (cache, err)
+
+
+@test("GPTNeoXConfig of transformers makes of a config's rotary fields what the exporter's test says")
+def _():
+    old = transformers.__version__.startswith("4.")
+    for fields, of_4, of_5 in ROTARY:
+        try:
+            config = transformers.GPTNeoXConfig.from_dict(copy.deepcopy(fields))
+        except KeyError:
+            got = None
+        else:
+            rope = None if old else config.rope_parameters
+            got = ((config.rope_theta, config.rotary_pct) if old else
+                   (rope["rope_theta"], rope["partial_rotary_factor"]))
+        expect(got, of_4 if old else of_5, str(fields))
 
 
 if __name__ == "__main__":

@@ -1240,6 +1240,16 @@ class Hub:
             with contextlib.suppress(Missing):
                 explain_weights(f"{self.model} on the hub", [self.describe(name, revision).name])
 
+    def describe_weights(self, commit):
+        """The one file of weights, or else their index."""
+        with contextlib.suppress(Missing):
+            return self.describe(SINGLE, commit)
+        try:
+            return self.describe(INDEX, commit)
+        except Missing:
+            self.explain(commit)
+            raise
+
     def download(self, revision):
         """The directory of the snapshot, with all that an export needs."""
         try:
@@ -1251,11 +1261,7 @@ class Hub:
         note(f"downloading {self.model}, commit {config.commit}, to {self.folder}")
         snapshot = os.path.join(self.folder, "snapshots", config.commit)
         tokenizer = self.describe("tokenizer.json", config.commit)
-        try:
-            weights = self.describe(SINGLE, config.commit)
-        except Missing:
-            self.explain(config.commit)
-            weights = self.describe(INDEX, config.commit)
+        weights = self.describe_weights(config.commit)
         self.fetch_all([config, tokenizer, weights], snapshot)
         if weights.name == INDEX:
             shards = sorted(set(read_index(snapshot).values()))

@@ -391,6 +391,16 @@ def _():
         assert not case.waits and not [name for method, name in case.hub.asked() if method == "GET"], case.hub.log
 
 
+@test("weights in several formats: only those that are read are asked for")
+def _():
+    for shards in (1, 2):
+        case = Case(model_files(shards))
+        others = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json", "model.gguf")
+        case.hub.files.update(dict.fromkeys(others, b"{}"))
+        expect(case.run()[0], 0)
+        expect({name for _, name in case.hub.asked()} & set(others), set())
+
+
 @test("--revision: branches, tags, pull requests and commits; a way out of the cache is refused")
 def _():
     hub = FakeHub(dict(model_files()))

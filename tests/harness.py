@@ -4,7 +4,9 @@ A test is a function under @test("the sentence it shows"); it fails by raising (
 and raises Skip("why") where something it needs is not there. run.py runs those of test_*.py.
 """
 import atexit
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -43,13 +45,20 @@ def reason(error):
     return "    " + text.replace("\n", "\n    ")
 
 
-def run_tests(words=()):
-    """Runs the registered tests, or those whose module or sentence contains one of the words,
-    and returns the exit status."""
+def selected(words):
+    """The tests whose module or sentence contains one of the words; without words all."""
+    return [one for one in tests if not words or any(word in one[0] or word in one[1] for word in words)]
+
+
+def closing_line(count):
+    skipped = ", %d skipped" % count["skip"] if count["skip"] else ""
+    return "%d passed, %d failed%s" % (count["ok"], count["FAIL"], skipped)
+
+
+def run_tests(chosen):
+    """Runs these tests one after the other and returns the exit status."""
     count = {"ok": 0, "FAIL": 0, "skip": 0}
-    for module, sentence, function in tests:
-        if words and not any(word in module or word in sentence for word in words):
-            continue
+    for _, sentence, function in chosen:
         start, kind, more = time.monotonic(), "ok", ""
         try:
             function()
@@ -62,9 +71,8 @@ def run_tests(words=()):
             more = " (%.1f s)" % took
         count[kind] += 1
         print("%-4s %s%s" % (kind, sentence, more), flush=True)
-    skipped = ", %d skipped" % count["skip"] if count["skip"] else ""
-    print("%d passed, %d failed%s" % (count["ok"], count["FAIL"], skipped))
-    return 1 if count["FAIL"] or sum(count.values()) == 0 else 0
+    print(closing_line(count))
+    return 1 if count["FAIL"] or not any(count.values()) else 0
 
 
 def expect(got, want, what=""):
@@ -131,22 +139,37 @@ def export(directory, out=None, *args):
 
 
 @functools.lru_cache(maxsize=None)
-def _cached_directory(options):
-    directory = tmpdir()
-    models.write_model(directory, **dict(options))
-    return directory
+def cache():
+    """The folder of what the modules of one run share, each in its process."""
+    return Path(os.environ.get("KL3M_TEST_CACHE") or tmpdir())
 
 
-@functools.lru_cache(maxsize=None)
-def _cached_bin(options):
-    return export(_cached_directory(options))
+def once(name, make):
+    """A file or folder of this name that make(path) makes the first time that any module of this run asks for it. One
+    name is one file: do not change it."""
+    path = cache() / name
+    with open(cache() / (name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make(cache() / (name + ".new"))
+            (cache() / (name + ".new")).rename(path)
+    return path
 
 
 def small_directory(**options):
     """A Hugging Face directory with a tiny random model; options are write_model's."""
-    return _cached_directory(tuple(sorted(options.items())))
+    return once(_name("small", options), lambda path: models.write_model(path, **options))
 
 
 def small_model(**options):
     """The same model, exported. One call with the same options is one file: do not change it."""
-    return _cached_bin(tuple(sorted(options.items())))
+    return once(_name("small", options) + ".bin", lambda path: export(small_directory(**options), path))
+
+
+def _name(name, options):
+    return name + "-" + hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:16]
+
+
+def tiny_model():
+    """The small trained model of tests/tiny, exported as `make demo` does. Do not change it."""
+    return once("demo.bin", lambda path: export(ROOT / "tests" / "tiny", path))

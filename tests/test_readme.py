@@ -7,16 +7,10 @@ import shutil
 import subprocess
 import sys
 
-from harness import KL3M, ROOT, Skip, expect, export, run_kl3m, test, tmpdir
+from harness import KL3M, ROOT, Skip, expect, export, run_kl3m, test, tiny_model, tmpdir
 from tokenizer_tools import tokenize
 
 DEMO_PROMPT = "Governing Law.\n"
-
-
-@functools.lru_cache(None)
-def demo():
-    """The small trained model, exported as `make demo` does."""
-    return export(ROOT / "tests" / "tiny", tmpdir() / "demo.bin")
 
 
 def run_make(*args, cwd):
@@ -44,7 +38,7 @@ def _():
     examples = 0
     folder = tmpdir()
     (folder / "kl3m").symlink_to(KL3M)
-    (folder / "demo.bin").symlink_to(demo())
+    (folder / "demo.bin").symlink_to(tiny_model())
     for block in re.findall(r"^```console\n(.*?)^```$", text, flags=re.M | re.S):
         for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, flags=re.M):
             done = subprocess.run(["sh", "-c", command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
@@ -67,12 +61,12 @@ def _():
 def _():
     folder, stage = checkout(), tmpdir() / "with space"
     run_make("-s", "CFLAGS=-O1", cwd=folder)
-    shutil.copy(demo(), folder / "kl3m-002-170m.bin")
+    shutil.copy(tiny_model(), folder / "kl3m-002-170m.bin")
     run_make("-s", "install", "PREFIX=/opt/kl3m", "DESTDIR=%s" % stage, cwd=folder)
     installed = stage / "opt/kl3m/bin/kl3m"
     done = subprocess.run([str(installed), "-p", DEMO_PROMPT, "-t0", "-n5"], cwd=str(tmpdir()), stdout=subprocess.PIPE,
                           env={"HOME": "/nowhere", "PATH": os.environ["PATH"]}, timeout=60)
-    expect((done.returncode, done.stdout), (0, run_kl3m("-m", demo(), "-p", DEMO_PROMPT, "-t0", "-n5").out))
+    expect((done.returncode, done.stdout), (0, run_kl3m("-m", tiny_model(), "-p", DEMO_PROMPT, "-t0", "-n5").out))
     run_make("-s", "uninstall", "PREFIX=/opt/kl3m", "DESTDIR=%s" % stage, cwd=folder)
     expect([path for path in stage.rglob("*") if not path.is_dir()], [])
 
@@ -99,10 +93,10 @@ def run_card(model, path):
 @test("card.py passes a model's own samples, and fails them when query, key and value rows are shuffled")
 def _():
     path = tmpdir() / "samples.jsonl"
-    samples(demo(), path)
+    samples(tiny_model(), path)
     count = sum(len(json.loads(line)["output_ids"]) for line in path.read_text().splitlines())
     assert count >= 128, count
-    expect(run_card(demo(), path), (0, "%d of %d published tokens are among the 50 likeliest\n" % (count, count)))
+    expect(run_card(tiny_model(), path), (0, "%d of %d published tokens are among the 50 likeliest\n" % (count, count)))
 
     # The tiny model's safetensors with the rows of query_key_value in reverse: the file is sound, the layout wrong.
     shuffled = tmpdir() / "shuffled"

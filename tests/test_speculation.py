@@ -11,7 +11,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
-from harness import KL3M, ROOT, expect, export, run_kl3m, small_directory, small_model, test, tmpdir
+from harness import KL3M, ROOT, expect, run_kl3m, small_directory, small_model, test, tiny_model, tmpdir
 from models import LEGAL_TEXT
 from test_unit import run_unit
 
@@ -24,10 +24,9 @@ LINES = {            # of kl3m.c
 }
 
 
-@functools.lru_cache(None)
 def trained():
     """The small trained model: its text is predictable, so guesses come true."""
-    return export(ROOT / "tests" / "tiny")
+    return tiny_model()
 
 
 @functools.lru_cache(None)

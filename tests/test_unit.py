@@ -1,21 +1,18 @@
 """What unit.c finds inside the program, and the sampler against other ways to compute the same."""
-import functools
 import math
 import os
 import random
 import struct
 import subprocess
 
-from harness import ROOT, expect, run_kl3m, small_model, test, tmpdir
+from harness import ROOT, expect, once, run_kl3m, small_model, test, tmpdir
 
 
-@functools.lru_cache(None)
 def compiled(name):
     """tests/NAME.c, which includes kl3m.c, as a program."""
-    out = tmpdir() / name
-    subprocess.run([os.environ.get("CC") or "cc", "-std=c11", "-O2", "-ffp-contract=off", "-pthread", "-o", str(out),
-                    str(ROOT / "tests" / (name + ".c")), str(ROOT / "tokenizer.c"), "-lm"], check=True, cwd=ROOT)
-    return out
+    return once(name, lambda out: subprocess.run(
+        [os.environ.get("CC") or "cc", "-std=c11", "-O2", "-ffp-contract=off", "-pthread", "-o", str(out),
+         str(ROOT / "tests" / (name + ".c")), str(ROOT / "tokenizer.c"), "-lm"], check=True, cwd=ROOT))
 
 
 def unit():

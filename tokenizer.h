@@ -48,8 +48,9 @@ typedef struct {
 #define TOKENIZER_NONE UINT32_MAX
 enum { TOKENIZER_WORDS = 8192 };
 
-// Checks every index in the tables, so that whatever they hold, nothing later reads outside them. The tables must
-// outlive the Tokenizer and begin at a multiple of 4 bytes. Returns NULL, or what is wrong with them.
+// Checks every index in the tables, so that whatever they hold, nothing later reads outside them or searches them for
+// long. The tables must outlive the Tokenizer and begin at a multiple of 4 bytes. Returns NULL, or what is wrong with
+// them.
 const char *tokenizer_open(Tokenizer *t, const void *tables, size_t size);
 
 // The ids of text[0 .. n), any bytes, into ids[], which has room for n. With plain_specials the special tokens'

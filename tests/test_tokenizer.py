@@ -5,6 +5,9 @@ import json
 import random
 import re
 import string
+import struct
+import time
+import zlib
 
 import models
 import tokenizer_vectors
@@ -324,3 +327,127 @@ def _():
     expect((done.code, done.out), (3, b"the State\0" + b"\0" * len(bad) + b"the State\0"), done.err)
     for number in range(2, 2 + len(bad)):
         assert re.search(r"\bline %d\b" % number, done.err), "line %d: %s" % (number, done.err)
+
+
+# ---- Hostile tables ---------------------------------------------------------------------------
+
+NOBODY = 2 ** 32 - 1
+
+
+class Tables:
+    """The small model's tokenizer section, to spoil; its layout is at the top of tokenizer.c."""
+
+    def __init__(self):
+        self.model = bytearray(small_model().read_bytes())
+        count, = struct.unpack_from("<I", self.model, 12)
+        self.end = 64 + 96 * count
+        self.entry, = [at for at in range(64, self.end, 96) if self.model[at:at + 10] == b"tokenizer\0"]
+        offset, size = struct.unpack_from("<QQ", self.model, self.entry + 64)
+        data = bytes(self.model[offset:offset + size])
+        tokens, merges, edges, nodes, *self.roots, _ = struct.unpack_from("<7I", data, 8)
+        numbers = struct.unpack_from("<%dI" % (4 * (merges + edges) + nodes + 256 + tokens + 1), data, 64)
+        slots = [numbers[i:i + 4] for i in range(0, 4 * (merges + edges), 4)]
+        self.merges, self.edges, rest = slots[:merges], slots[merges:], numbers[4 * len(slots):]
+        self.nodes, self.bytes, self.offsets = list(rest[:nodes]), rest[nodes:nodes + 256], list(rest[nodes + 256:])
+        self.flags, self.text = data[-tokens - self.offsets[-1]:-self.offsets[-1]], data[-self.offsets[-1]:]
+
+    def spread(self, name, slots):
+        """The same table with more slots."""
+        old = [slot for slot in getattr(self, name) if slot[0] != NOBODY]
+        table = [(NOBODY, 0, 0, 0)] * slots
+        for a, b, *value in old:
+            at = ((a << 32 | b) * 0x9E3779B97F4A7C15 >> 32) % slots
+            while table[at][0] != NOBODY:
+                at = (at + 1) % slots
+            table[at] = (a, b, *value)
+        setattr(self, name, table)
+        return table
+
+    def fill(self, name, at):
+        """An entry in this slot that no text looks for, if the slot is empty."""
+        table = getattr(self, name)
+        if table[at][0] == NOBODY:
+            table[at] = (0, 1000 + at, 0, 0)
+            if name == "edges":
+                table[at] = (0, 1000 + at, len(self.nodes), 0)
+                self.nodes.append(NOBODY)
+
+    def run_of(self, name, length):
+        """Makes exactly so many slots in a row occupied, from the table's end on to its beginning."""
+        table = self.spread(name, 4096)
+        start, = [at for at in range(-length + 1, 0) if table[at - 1][0] == table[at + length][0] == NOBODY][:1]
+        for at in range(start, start + length):
+            self.fill(name, at % len(table))
+
+    def write(self):
+        flat = [number for slot in self.merges + self.edges for number in slot]
+        flat += [*self.nodes, *self.bytes, *self.offsets]
+        data = struct.pack("<8s7I28x", b"BPETOK1\n", len(self.flags), len(self.merges), len(self.edges), len(self.nodes),
+                           *self.roots, len(self.text)) + struct.pack("<%dI" % len(flat), *flat) + self.flags + self.text
+        self.model += bytes(-len(self.model) % 64)
+        struct.pack_into("<IQQ", self.model, self.entry + 60, zlib.crc32(data), len(self.model), len(data))
+        self.model += data
+        struct.pack_into("<Q", self.model, 16, len(self.model))
+        struct.pack_into("<I", self.model, 24, zlib.crc32(self.model[64:self.end], zlib.crc32(self.model[:24])))
+        path = tmpdir() / "hostile.bin"
+        path.write_bytes(self.model)
+        return path
+
+    def check(self, flaw=None):
+        """Refused at once and for this flaw; without one, taken, and with the ids that the model has unspoilt."""
+        path, text = self.write(), b"This Agreement<|end|>  1990\n"
+        begun = time.monotonic()
+        done = run_kl3m("-m", path, "--info")
+        took = time.monotonic() - begun
+        if flaw is None:
+            expect(done.code, 0, done.err)
+            expect(tokenize(path, [text]), tokenize(small_model(), [text]))
+        else:
+            assert done.code == 1 and flaw in done.err and done.err.count("\n") == 1, (flaw, done.err)
+        assert took < 2, "%s: %.1f s" % (flaw, took)   # the nearly full table took 12 s
+
+
+@test("a hash table nearly full, or with a long run of occupied slots, is refused at once")
+def _():
+    Tables().check()
+    for name, flaw in ("merges", "the table of merges is too full"), ("edges", "the table of trie edges is too full"):
+        full = Tables()
+        for at in range(len(full.spread(name, 1 << 19)) - 1):
+            full.fill(name, at)
+        full.check(flaw)
+        small = Tables()
+        for at in range(len(getattr(small, name))):
+            small.fill(name, at)
+        small.check(flaw)
+        for length, said in (256, None), (257, flaw):
+            run = Tables()
+            run.run_of(name, length)
+            run.check(said)
+
+
+@test("tries that would be walked again and again are refused: too deep, or with nodes shared; so are endless tokens")
+def _():
+    def chain(length):
+        tables = Tables()
+        tables.spread("edges", 1 << 14)
+        rest = [at for at, slot in enumerate(tables.edges) if slot[0] == NOBODY][::3][:length]
+        parent = tables.roots[0]
+        for at in rest:     # where no search finds them
+            tables.edges[at] = (parent, 1000, len(tables.nodes), 0)
+            parent = len(tables.nodes)
+            tables.nodes.append(NOBODY)
+        return tables
+    chain(4096).check()
+    chain(4097).check("an added token is too long")
+
+    shared = chain(2)
+    free = [at for at, slot in enumerate(shared.edges) if slot[0] == NOBODY][0]
+    shared.edges[free] = (shared.roots[1], 1000, len(shared.nodes) - 1, 0)
+    shared.check("a node with two parents")
+
+    for length, flaw in (4096, None), (4097, "a token is too long"):
+        tables = Tables()
+        last = tables.offsets[-1] - tables.offsets[-2]
+        tables.text += b"x" * (length - last)
+        tables.offsets[-1] += length - last
+        tables.check(flaw)

@@ -1,6 +1,6 @@
-# make builds ./kl3m, make demo shows it at work with the small model of tests/tiny, make model gets the real one.
-# CC and CFLAGS may be given: what correctness needs (floating-point expressions as they are written, threads) is in
-# NEEDED, which comes after CFLAGS and has the last word.
+# make builds ./kl3m, make demo shows it at work with the small model of tests/tiny, make model gets the real one. It is
+# read by GNU make and by BSD make. CC and CFLAGS may be given: what correctness needs (floating-point expressions as
+# they are written, threads) is in NEEDED, which comes after CFLAGS and has the last word.
 CC = cc
 CFLAGS = -O2
 PYTHON = python3
@@ -19,7 +19,7 @@ $(OUT): kl3m.c tokenizer.c tokenizer.h
 demo: $(OUT) demo.bin
 	./$(OUT) -m demo.bin -p "Governing Law.\n" -t 0.3 -n 32 -s 1
 
-demo.bin: export_weights.py tests/tiny/config.json tests/tiny/tokenizer.json tests/tiny/model.safetensors | $(OUT)
+demo.bin: $(OUT) export_weights.py tests/tiny/config.json tests/tiny/tokenizer.json tests/tiny/model.safetensors
 	$(PYTHON) export_weights.py tests/tiny -o $@
 	./$(OUT) -m $@ --learn -o $@ -s 1 -q
 
@@ -27,10 +27,10 @@ demo.bin: export_weights.py tests/tiny/config.json tests/tiny/tokenizer.json tes
 model: $(OUT) $(MODEL)
 	$(PYTHON) tests/card.py $(MODEL)
 
-# Then it teaches itself what it is likely to say: guesses that make decoding faster, and change no text.
-$(MODEL): | $(OUT)
-	$(PYTHON) export_weights.py $(HUB) -o $@
-	./$(OUT) -m $@ --learn -o $@ -s 1
+# Then it teaches itself what it is likely to say: guesses that make decoding faster, and change no text. A newer
+# program is no reason to make it again (GNU make could say so with "| $(OUT)", which BSD's does not know).
+$(MODEL): $(OUT)
+	[ -f $@ ] || { $(PYTHON) export_weights.py $(HUB) -o $@ && ./$(OUT) -m $@ --learn -o $@ -s 1; }
 
 test: $(OUT)
 	$(PYTHON) tests/run.py

@@ -3,9 +3,9 @@
 
     tests/run.py [WORD...]
 
-Each module runs in a process of its own, as many at once as this one may use CPUs and two at least; the lines of a module
-come together when it has ended. A word that selects no test is a failure: a sentence that was reworded must not leave a
-selection in silence.
+Each module runs in a process of its own, as many at once as this one may use CPUs and two at least; the lines of a
+module come together when it has ended. A word that selects no test is a failure: a sentence that was reworded must not
+leave a selection in silence.
 """
 import sys
 
@@ -22,7 +22,8 @@ import time
 from harness import ROOT, cache, closing_line, run_tests, selected, tests
 
 # Those that take longest begin first: the last one begun runs alone at the end.
-LONGEST = ["test_speculation", "test_forward", "test_schedule", "test_cli", "test_tokenizer"]
+LONGEST = ["test_speculation", "test_readme", "test_forward", "test_faults", "test_streams", "test_schedule", "test_tokenizer",
+           "test_cli"]
 
 
 def load(module):
@@ -40,8 +41,8 @@ def cpus():
 
 
 class Running:
-    """A module's tests in a process that leads a session: so it is ended with all that it started, and a Ctrl-C of the
-    terminal reaches it through this one alone."""
+    """A module's tests in a process that leads a session: so it is ended with all that it started, and a Ctrl-C of
+    the terminal reaches it through this one alone."""
 
     def __init__(self, module, words):
         self.module, self.out = module, tempfile.TemporaryFile()

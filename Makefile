@@ -1,17 +1,19 @@
-# make builds ./kl3m, make demo shows it at work with the small model of tests/tiny, make model gets the real one. It is
-# read by GNU make and by BSD make. CC and CFLAGS may be given: what correctness needs (floating-point expressions as
-# they are written, threads) is in NEEDED, which comes after CFLAGS and has the last word.
+# make builds ./kl3m, make demo shows it at work with the small model of tests/tiny, make model gets
+# the real one. It is read by GNU make and by BSD make. CC and CFLAGS may be given: what correctness
+# needs (floating-point expressions as they are written, threads) is in NEEDED, which comes after
+# CFLAGS and has the last word.
 CC = cc
 CFLAGS = -O2
 PYTHON = python3
 PREFIX = /usr/local
 OUT = kl3m
+BENCH = tests/bench/bench
 HUB = alea-institute/kl3m-002-170m
 MODEL = kl3m-002-170m.bin
 
 WARNINGS = -Wall -Wextra -Wshadow -Wconversion
-NEEDED = -std=c11 -ffp-contract=off -fno-unsafe-math-optimizations -fno-associative-math -fno-reciprocal-math \
-         -fsigned-zeros -pthread
+NEEDED = -std=c11 -ffp-contract=off -fno-unsafe-math-optimizations -fno-associative-math \
+         -fno-reciprocal-math -fsigned-zeros -pthread
 
 $(OUT): kl3m.c tokenizer.c tokenizer.h
 	$(CC) $(WARNINGS) $(CFLAGS) $(NEEDED) -o $@ kl3m.c tokenizer.c $(LDFLAGS) -lm
@@ -19,7 +21,8 @@ $(OUT): kl3m.c tokenizer.c tokenizer.h
 demo: $(OUT) demo.bin
 	./$(OUT) -m demo.bin -p "Governing Law.\n" -t 0.3 -n 32 -s 1
 
-demo.bin: $(OUT) export_weights.py tests/tiny/config.json tests/tiny/tokenizer.json tests/tiny/model.safetensors
+demo.bin: $(OUT) export_weights.py tests/tiny/config.json tests/tiny/tokenizer.json \
+          tests/tiny/model.safetensors
 	$(PYTHON) export_weights.py tests/tiny -o $@
 	./$(OUT) -m $@ --learn -o $@ -s 1 -q
 
@@ -27,22 +30,28 @@ demo.bin: $(OUT) export_weights.py tests/tiny/config.json tests/tiny/tokenizer.j
 model: $(OUT) $(MODEL)
 	$(PYTHON) tests/card.py $(MODEL)
 
-# Then it teaches itself what it is likely to say: guesses that make decoding faster, and change no text. A newer
-# program is no reason to make it again (GNU make could say so with "| $(OUT)", which BSD's does not know).
+# Then it teaches itself what it is likely to say: guesses that make decoding faster, and change no
+# text. A newer program is no reason to make it again (GNU make could say so with "| $(OUT)", which
+# BSD's does not know).
 $(MODEL): $(OUT)
-	[ -f $@ ] || { $(PYTHON) export_weights.py $(HUB) -o $@ && ./$(OUT) -m $@ --learn -o $@ -s 1; }
+	[ -f $@ ] || \
+		{ $(PYTHON) export_weights.py $(HUB) -o $@ && ./$(OUT) -m $@ --learn -o $@ -s 1; }
 
 test: $(OUT)
 	$(PYTHON) tests/run.py
 
-# How fast the model is here, against this machine's own limits.
-bench: $(OUT) $(MODEL)
-	./$(OUT) -m $(MODEL) --bench
+$(BENCH): tests/bench/bench.c kl3m.c tokenizer.c tokenizer.h
+	$(CC) $(WARNINGS) -Wno-unused-function $(CFLAGS) $(NEEDED) -o $@ tests/bench/bench.c tokenizer.c \
+		$(LDFLAGS) -lm
+
+# How fast the model is here, against this machine's own limits; with REPLAY=FILE what guesses are
+# worth on the lines of FILE.
+bench: $(OUT) $(BENCH) $(MODEL)
+	replay="$(REPLAY)" && $(BENCH) $(MODEL) --kl3m $(OUT) $${replay:+--replay "$$replay"}
 
 # The same for a file of 1,000 short prompts: a minute or two.
-bench-prompts: $(MODEL)
-	$(CC) $(CFLAGS) $(NEEDED) -o tests/bench_prompts tests/bench_prompts.c tokenizer.c $(LDFLAGS) -lm
-	tests/bench_prompts $(MODEL)
+bench-prompts: $(BENCH) $(MODEL)
+	$(BENCH) $(MODEL) --prompts
 
 # The model goes along if it is here.
 install: $(OUT)
@@ -57,7 +66,7 @@ uninstall:
 
 # What was downloaded stays: $(MODEL) is removed by hand.
 clean:
-	rm -f $(OUT) demo.bin tests/bench_prompts
+	rm -f $(OUT) $(BENCH) demo.bin
 
 # A break while the table is made leaves the model as it was, and make need not remove it.
 .PRECIOUS: demo.bin $(MODEL)

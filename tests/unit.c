@@ -1,15 +1,20 @@
-// Looks inside kl3m.c, where the command line cannot: built and run by test_unit.py and live_sampling.py.
+// Looks inside kl3m.c, where the command line cannot: built and run by test_unit.py and
+// live/sampling.py.
 //
-//     unit math          compares exp, GELU, norms, sines and powers with the C library's double or long double
+//     unit math          compares exp, GELU, norms, sines and powers with the C library's double or
+//                        long double
 //     unit philox        the generator's known answers
-//     unit utf8          every sequence of up to 4 bytes that can matter, against a plain description of UTF-8
+//     unit utf8          every sequence of up to 4 bytes that can matter, against a plain
+//                        description of UTF-8
 //     unit threads       every piece is run once, whatever the threads do
-//     unit roofline      what a pass of the real model needs at least, against figures worked out by hand
+//     unit stack         workers have the stack that an unoptimized product needs
 //     unit prefill       how the rows of a pass are divided among prompts
-//     unit drafts        the table of guesses beside plain counting over the whole text
-//     unit pace          what a row costs, found again from passes that obey a known line
-//     unit distribution  reads f64 { temperature, top_k, top_p, min_p, penalty, n, n_history }, n f32 logits and
-//                        n_history u32 ids from standard input, again and again; writes a line "id probability ..."
+//     unit guesses       the table of guesses beside plain counting over the whole text
+//     unit pass_time     what a row costs, found again from passes that obey a known line
+//     unit distribution  reads f64 { temperature, top_k, top_p, min_p, penalty, n, n_history,
+//                        masked }, n f32 logits, n_history u32 ids and, if masked, a bit of u64s
+//                        for each token that is allowed, from standard input, again and again;
+//                        writes a line "id probability ..."
 #define KL3M_TEST
 #include "../kl3m.c"
 
@@ -31,7 +36,8 @@ static void check_kernels(const Kernels *k) {
     static float tile[2 * BLOCK_FLOATS], out[2 * BLOCK_FLOATS];
     // Row 0 of a tile of scores: e^x beside e^0, so that the largest is 0.
     for (double x = -86; x <= 0; x += 86.0 / 400000) {
-        tile[0] = (float)x, tile[1] = 0;
+        tile[0] = (float)x;
+        tile[1] = 0;
         k->softmax(2, tile);
         double want = exp((double)(float)x);
         worst(tile[0], want, want * 0x1p-24);
@@ -39,25 +45,28 @@ static void check_kernels(const Kernels *k) {
     say(k->name, "exp, units in the last place", 3);
     for (double x = -40; x <= 40; x += 1e-4) {
         tile[0] = (float)x;
-        k->finish(1, tile, NULL, NULL, NULL, true, out, BLOCK, BLOCK_FLOATS);
+        k->finish(1, tile, &(Finish){ .gelu = true, .out = out, .row_stride = BLOCK,
+                                      .block_stride = BLOCK_FLOATS });
         double exact = (float)x * 0.5 * erfc(-(float)x / sqrt(2));
         worst(out[0], exact, fabs(x) < 1 ? 1 : fabs(x));
     }
     say(k->name, "GELU, absolute or relative to |x|", 1.2e-7);
-    // Of n numbers the largest of every 16th, 256 at a time; and with one that is not finite among them.
+    // Of n numbers the largest of every 16th, 256 at a time; and with one that is not finite among
+    // them.
     static const float broken[] = { INFINITY, -INFINITY, NAN };
     for (int n = 1; n <= 1100; n++) {
         float x[1100], most[80];
         for (int i = 0; i < n; i++) x[i] = (float)(100 * sin(i * i + n));
-        bool finite = k->survey(n, x, most);
-        worst(finite, true, 1);
+        k->maxima(n, x, most);
+        worst(k->all_finite(n, x), true, 1);
         for (int i = 0; i < (n + 255) / 256 * 16; i++) {
             float largest = -INFINITY;
-            for (int j = i / 16 * 256 + i % 16; j < n && j < i / 16 * 256 + 256; j += 16) largest = fmaxf(largest, x[j]);
+            for (int j = i / 16 * 256 + i % 16; j < n && j < i / 16 * 256 + 256; j += 16)
+                largest = fmaxf(largest, x[j]);
             worst(most[i] == largest, true, 1);
         }
         x[n * 7 % 13 * n / 13] = broken[n % 3];
-        worst(k->survey(n, x, most), false, 1);
+        worst(k->all_finite(n, x), false, 1);
     }
     say(k->name, "the largest of many, and whether all are finite", 0);
     // A norm over 29 columns of 3 rows, with weights and biases.
@@ -65,16 +74,19 @@ static void check_kernels(const Kernels *k) {
         float weight[PAIR] = {0}, bias[PAIR] = {0};
         memset(tile, 0, sizeof tile);
         for (int i = 0; i < n; i++) {
-            weight[i] = (float)(1 + 0.1 * sin(i)), bias[i] = (float)cos(i);
+            weight[i] = (float)(1 + 0.1 * sin(i));
+            bias[i] = (float)cos(i);
             for (int r = 0; r < 3; r++) *cell(tile, r, i) = (float)(5 * sin(i * i + r) + r);
         }
-        k->layer_norm(3, n, 1e-5f, tile, weight, bias, out);
+        k->layer_norm((Norm){ n, 1e-5f, weight, bias }, 3, tile, out);
         for (int r = 0; r < 3; r++) {
             double mean = 0, variance = 0;
             for (int i = 0; i < n; i++) mean += *cell(tile, r, i) / (double)n;
             for (int i = 0; i < n; i++) variance += pow(*cell(tile, r, i) - mean, 2) / n;
-            for (int i = 0; i < PAIR; i++)
-                worst(*cell(out, r, i), i < n ? (*cell(tile, r, i) - mean) / sqrt(variance + 1e-5) * weight[i] + bias[i] : 0, 1);
+            for (int i = 0; i < PAIR; i++) {
+                double normal = (*cell(tile, r, i) - mean) / sqrt(variance + 1e-5);
+                worst(*cell(out, r, i), i < n ? normal * weight[i] + bias[i] : 0, 1);
+            }
         }
     }
     say(k->name, "layer norm", 2e-6);
@@ -91,11 +103,12 @@ static int check_math(void) {
     for (double x = 1; x < 1e12; x *= 1.0007) worst(log_double(x), log(x), 1 + log(x));
     say("double", "log", 4e-16);
     for (double angle = 0; angle < 1 << 20; angle += angle < 9000 ? 0.0931 : 17.3) {
-        Turn t = turn_by(angle);
+        Rotation t = rotation_by(angle);
         worst(t.cosine, (double)(float)cos(angle), 0x1p-25);
         worst(t.sine, (double)(float)sin(angle), 0x1p-25);
     }
-    say("double", "sine and cosine, halves of the last place of 1", 1);   // two roundings that fall apart: 2^-25
+    // Two roundings that fall apart: 2^-25.
+    say("double", "sine and cosine, halves of the last place of 1", 1);
     return 0;
 }
 
@@ -103,19 +116,24 @@ static int check_philox(void) {
     // Random123's kat_vectors for philox4x32 with 10 rounds.
     static const struct { uint32_t counter[4], key[2], want[4]; } known[] = {
         { { 0, 0, 0, 0 }, { 0, 0 }, { 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8 } },
-        { { ~0u, ~0u, ~0u, ~0u }, { ~0u, ~0u }, { 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd } },
+        { { ~0u, ~0u, ~0u, ~0u }, { ~0u, ~0u },
+          { 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd } },
         { { 0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344 }, { 0xa4093822, 0x299f31d0 },
           { 0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1 } },
     };
     for (int i = 0; i < 3; i++) {
         uint32_t out[4];
         philox(known[i].counter, known[i].key, out);
-        if (memcmp(out, known[i].want, sizeof out) != 0) return printf("known answer %d is another\n", i), 1;
+        if (memcmp(out, known[i].want, sizeof out) != 0) {
+            printf("known answer %d is another\n", i);
+            return 1;
+        }
     }
     return 0;
 }
 
-// Can these bytes be continued to, or are they (whole), one well-formed character? Unicode 16, table 3-7.
+// Can these bytes be continued to, or are they (whole), one well-formed character? Unicode 16,
+// table 3-7.
 static bool begins_character(const uint8_t *s, size_t n, bool *whole) {
     static const struct { int least, most, length, second_least, second_most; } rows[] = {
         { 0x00, 0x7F, 1, 0, 0 }, { 0xC2, 0xDF, 2, 0x80, 0xBF }, { 0xE0, 0xE0, 3, 0xA0, 0xBF },
@@ -125,7 +143,8 @@ static bool begins_character(const uint8_t *s, size_t n, bool *whole) {
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         if (s[0] < rows[i].least || s[0] > rows[i].most || n > (size_t)rows[i].length) continue;
         if (n > 1 && (s[1] < rows[i].second_least || s[1] > rows[i].second_most)) return false;
-        for (size_t k = 2; k < n; k++) if (s[k] < 0x80 || s[k] > 0xBF) return false;
+        for (size_t k = 2; k < n; k++)
+            if (s[k] < 0x80 || s[k] > 0xBF) return false;
         *whole = n == (size_t)rows[i].length;
         return true;
     }
@@ -133,11 +152,14 @@ static bool begins_character(const uint8_t *s, size_t n, bool *whole) {
 }
 
 static int check_utf8(void) {
-    static const uint8_t edges[] = { 0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1,
-                                     0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF };
+    static const uint8_t edges[] = {
+        0x00, 0x41, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xDF,
+        0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4, 0xF5, 0xFF,
+    };
     enum { N = sizeof edges };
     for (int i = 0; i < N * N * N * N; i++) {
-        uint8_t s[4] = { edges[i % N], edges[i / N % N], edges[i / N / N % N], edges[i / N / N / N] };
+        uint8_t s[4] = { edges[i % N], edges[i / N % N], edges[i / N / N % N],
+                         edges[i / N / N / N] };
         for (size_t n = 1; n <= 4; n++) {
             uint32_t code;
             bool whole = false;
@@ -147,15 +169,20 @@ static int check_utf8(void) {
             for (size_t k = 1; k <= 3 && k <= n; k++)
                 if (begins_character(s + n - k, k, &whole) && !whole) unfinished = k;
             if (got != (length ? length : 1) || (code == UINT32_MAX) != (length == 0) ||
-                utf8_unfinished((const char *)s, n) != unfinished)
-                return printf("%02x %02x %02x %02x, %zu bytes\n", s[0], s[1], s[2], s[3], n), 1;
+                utf8_unfinished((const char *)s, n) != unfinished) {
+                printf("%02x %02x %02x %02x, %zu bytes\n", s[0], s[1], s[2], s[3], n);
+                return 1;
+            }
         }
     }
     return 0;
 }
 
 static atomic_int times[1000];
-static void count_piece(void *arg, int piece, int thread) { (void)thread; atomic_fetch_add((atomic_int *)arg + piece, 1); }
+static void count_piece(void *arg, int piece, int thread) {
+    (void)thread;
+    atomic_fetch_add((atomic_int *)arg + piece, 1);
+}
 
 static int check_threads(void) {
     threads_start(5);
@@ -164,11 +191,15 @@ static int check_threads(void) {
         memset(times, 0, sizeof times);
         parallel(pieces, count_piece, times);
         for (int i = 0; i < 1000; i++)
-            if (times[i] != (i < pieces)) return printf("round %d, piece %d of %d ran %d times\n", round, i, pieces, times[i]), 1;
+            if (times[i] != (i < pieces)) {
+                printf("round %d, piece %d of %d ran %d times\n", round, i, pieces, times[i]);
+                return 1;
+            }
         if (round % 5000 == 0) usleep(30000);      // long enough for the workers to fall asleep
     }
     threads_stop();
-    for (int cycle = 0; cycle < 3000; cycle++) {       // a worker must not miss the end, whatever it is doing then
+    // A worker must not miss the end, whatever it is doing then.
+    for (int cycle = 0; cycle < 3000; cycle++) {
         threads_start(3);
         for (int i = 0; i < 20; i++) parallel(5, count_piece, times);
         threads_stop();
@@ -176,137 +207,169 @@ static int check_threads(void) {
     return 0;
 }
 
-static int print_distributions(void) {
-    double head[7];
-    while (fread(head, sizeof head, 1, stdin) == 1) {
-        Sampling s = { .temperature = head[0], .top_k = (long)head[1], .top_p = head[2], .min_p = head[3], .penalty = head[4] };
-        int n = (int)head[5], n_history = (int)head[6];
-        float *logits = allocate((size_t)n, sizeof *logits), *penalized = allocate((size_t)n, sizeof *logits);
-        uint32_t *history = allocate((size_t)n_history, sizeof *history);
-        SamplingScratch scratch = sampling_open(choose_kernels(NULL), n);
-        if (fread(logits, sizeof *logits, (size_t)n, stdin) != (size_t)n ||
-            fread(history, sizeof *history, (size_t)n_history, stdin) != (size_t)n_history) return 1;
-        memcpy(penalized, logits, (size_t)n * sizeof *logits);
-        if (s.penalty != 1) penalize(logits, n, history, n_history, s.penalty, penalized);
-        double total;
-        survey_logits(&scratch, penalized, n);
-        int count = distribution(&s, penalized, n, &scratch, &total);
-        for (int i = 0; i < count; i++) printf("%s%u %.17g", i ? " " : "", scratch.candidates[i].id,
-                                               scratch.candidates[i].weight / total);
-        printf("\n");
-        free(logits), free(penalized), free(history), sampling_close(&scratch);
-    }
+// Workers have room for half a megabyte, whatever the system gives a thread by default.
+__attribute__((noinline))
+static void use_half_a_megabyte(void) {
+    volatile char room[1 << 19];
+    for (size_t i = 0; i < sizeof room; i += 1024) room[i] = 1;
+}
+
+static void use_stack(void *arg, int piece, int thread) {
+    (void)arg, (void)piece;
+    if (thread > 0) use_half_a_megabyte();
+    usleep(20000);                                 // so that each thread has a piece
+}
+
+static int check_stack(void) {
+    threads_start(3);
+    parallel(12, use_stack, NULL);
+    threads_stop();
     return 0;
 }
 
-// kl3m-002-170m: 134.4 M weights are read for a token, 100.9 M of them without the vocabulary.
-static int check_roofline(void) {
-    const Config c = { .hidden = 1024, .layers = 16, .heads = 16, .kv_heads = 16, .head_size = 64, .intermediate = 1024,
-                       .vocab = 32768, .context = 4096, .q = 1024, .kv = 1024, .qkv = 3072 };
-    const Limits memory = { 1, INFINITY }, arithmetic = { INFINITY, 1 };
-    const double weights = 16 * 6 * 1048576.0, table = 32 * 1048576.0;
-    worst(roofline(&c, memory, 1, 0, 1, 1), 4 * (weights + table + 2 * 16 * 1024), 1);
-    worst(roofline(&c, memory, 1, 3839, 1, 1), 4 * (weights + table) + 3840 * 131072.0, 1);
-    worst(roofline(&c, memory, 16, 0, 1, 16), 4 * (weights + table) + 16 * 131072.0, 1);
-    worst(roofline(&c, memory, 1, 256, 256, 0), 4 * weights + 512 * 131072.0, 1);
-    worst(roofline(&c, arithmetic, 1, 0, 1, 1), 2 * (weights + table) + 65536, 1);          // 1 position, 4 x 1024 x 16
-    worst(roofline(&c, arithmetic, 16, 0, 1, 16), 16 * (2 * (weights + table) + 65536), 1);
-    worst(roofline(&c, arithmetic, 1, 100, 2, 0), 4 * weights + (101 + 102) * 65536.0, 1);
-    say("", "roofline, bytes and operations", 0.5);
+static void read_exactly(void *to, size_t size) {
+    if (fread(to, 1, size, stdin) != size) exit(1);
+}
+
+static int print_distributions(void) {
+    double head[8];
+    while (fread(head, sizeof head, 1, stdin) == 1) {
+        Sampling s = { .temperature = head[0], .top_k = (long)head[1], .top_p = head[2],
+                       .min_p = head[3], .penalty = head[4] };
+        int n = (int)head[5], n_history = (int)head[6];
+        size_t words = ((size_t)n + 63) / 64;
+        float *given = allocate((size_t)n, sizeof *given);
+        uint32_t *history = allocate((size_t)n_history, sizeof *history);
+        uint64_t *allowed = allocate(words, sizeof *allowed);
+        Sampler sampler = sampler_open(choose_kernels(NULL), n);
+        read_exactly(given, (size_t)n * sizeof *given);
+        read_exactly(history, (size_t)n_history * sizeof *history);
+        if (head[7] != 0) read_exactly(allowed, words * sizeof *allowed);
+        // The history is split as that of a prompt and its continuation is.
+        Choice c = { .logits = given, .n = n, .prompt = history, .n_prompt = n_history / 2,
+                     .drawn = history + n_history / 2, .n_drawn = n_history - n_history / 2,
+                     .allowed = head[7] != 0 ? allowed : NULL };
+        const float *filtered = logits_to_filter(&s, &c, &sampler);
+        double total;
+        find_maxima(&sampler, filtered, n);
+        int count = distribution(&s, filtered, n, &sampler, &total);
+        for (int i = 0; i < count; i++) {
+            Candidate one = sampler.candidates[i];
+            printf("%s%u %.17g", i ? " " : "", one.id, one.weight / total);
+        }
+        printf("\n");
+        free(given);
+        free(history);
+        free(allowed);
+        sampler_close(&sampler);
+    }
     return 0;
 }
 
 // The rows that prompts with so many tokens left get of a pass, beside what the rule says.
 static int check_prefill(void) {
     static const struct { int room, n, need[4], want[4]; } cases[] = {
-        { 16, 2, { 200, 3 }, { 13, 3 } }, { 16, 3, { 200, 100, 3 }, { 8, 5, 3 } }, { 16, 2, { 3, 200 }, { 3, 13 } },
-        { 16, 4, { 2, 3, 2, 1 }, { 2, 3, 2, 1 } }, { 16, 2, { 10, 10 }, { 10, 6 } }, { 1, 2, { 5, 2 }, { 0, 1 } },
-        { 16, 3, { 6, 50, 5 }, { 6, 5, 5 } }, { 0, 1, { 5 }, { 0 } }, { 256, 1, { 3000 }, { 256 } },
+        { 16, 2, { 200, 3 }, { 13, 3 } },
+        { 16, 3, { 200, 100, 3 }, { 8, 5, 3 } },
+        { 16, 2, { 3, 200 }, { 3, 13 } },
+        { 16, 4, { 2, 3, 2, 1 }, { 2, 3, 2, 1 } },
+        { 16, 2, { 10, 10 }, { 10, 6 } },
+        { 1, 2, { 5, 2 }, { 0, 1 } },
+        { 16, 3, { 6, 50, 5 }, { 6, 5, 5 } },
+        { 0, 1, { 5 }, { 0 } },
+        { 256, 1, { 3000 }, { 256 } },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Request requests[4] = {0}, *scratch[4];
         Scheduler s = { .first = requests, .prefills = scratch };
         for (int r = 0; r < cases[i].n; r++)
-            requests[r] = (Request){ .n = cases[i].need[r] + 1, .prefix.length = 1, .admitted = true, .number = r,
-                                     .next = r + 1 < cases[i].n ? &requests[r + 1] : NULL };
+            requests[r] = (Request){
+                .n = cases[i].need[r] + 1, .prompt_kv.length = 1, .state = PREFILLING,
+                .number = r, .next = r + 1 < cases[i].n ? &requests[r + 1] : NULL,
+            };
         plan_prefill(&s, cases[i].room);
         for (int r = 0; r < cases[i].n; r++)
             if (requests[r].rows != cases[i].want[r]) {
-                printf("case %zu, prompt %d: %d rows, expected %d\n", i, r, requests[r].rows, cases[i].want[r]);
+                printf("case %zu, prompt %d: %d rows, expected %d\n", i, r, requests[r].rows,
+                       cases[i].want[r]);
                 return 1;
             }
     }
     return 0;
 }
 
-// How often a text of n tokens has `next` behind the last `order` tokens; *seen: how often it has any.
+// How often a text of n tokens has `next` behind the last `order` tokens; *seen: how often it has
+// any.
 static int count_followers(const uint32_t *ids, int n, int order, uint32_t next, int *seen) {
     int count = 0;
     *seen = 0;
     for (int i = order; i < n; i++)
-        if (memcmp(ids + i - order, ids + n - order, (size_t)order * sizeof *ids) == 0) ++*seen, count += ids[i] == next;
+        if (memcmp(ids + i - order, ids + n - order, (size_t)order * sizeof *ids) == 0) {
+            ++*seen;
+            count += ids[i] == next;
+        }
     return count;
 }
 
-// Texts of two tokens, which have as many places as there are followers, no longer than what is counted exactly.
-static int check_drafts(void) {
-    Drafts d = drafts_open(NULL);
+// Texts of two tokens, which have as many places as there are followers, no longer than what is
+// counted exactly.
+static int check_guesses(void) {
+    Guesses g = guesses_open(NULL);
     uint32_t state = 1, ids[MOST_SEEN + 1];
     for (int text = 0; text < 3000; text++) {
-        memset(d.table, 0, CONTEXTS * sizeof *d.table);
+        memset(g.table, 0, TABLE_BYTES);
         Tail tail = {0};
         for (int n = 0; n <= MOST_SEEN; n++) {
             double want[2] = {0};
-            Guess got[2];
-            likeliest(&d, &tail, got);
+            Guess got = likeliest(&g, &tail);
             for (uint32_t next = 0; next < 2; next++)
                 for (int order = 0, seen; order <= ORDER && order <= n; order++) {
                     int count = count_followers(ids, n, order, next, &seen);
                     if (seen) want[next] = (count + want[next]) / (seen + 1);
                 }
-            bool second = want[1] > want[0];
-            for (int i = 0; i < 2; i++)
-                if (fabs(got[i].chance - want[second ^ i]) > 1e-12 || (want[0] != want[1] && want[second ^ i] > 0 &&
-                                                                       got[i].token != (second ^ (uint32_t)i))) {
-                    printf("text %d, token %d: %g, expected %g\n", text, n, got[i].chance, want[second ^ i]);
-                    return 1;
-                }
+            uint32_t best = want[1] > want[0];
+            if (fabs(got.chance - want[best]) > 1e-12 ||
+                (want[0] != want[1] && got.token != best)) {
+                printf("text %d, token %d: %g, expected %g\n", text, n, got.chance, want[best]);
+                return 1;
+            }
             state = state * 1664525 + 1013904223;
             ids[n] = state >> 28 < 11;
-            learn(&d, &tail, ids[n]);
+            learn(&g, &tail, ids[n]);
             if (tail.n != (n < ORDER ? n + 1 : ORDER) || tail.ids[0] != ids[n]) return 1;
         }
     }
-    // What comes true less often than the table says is believed less, and the other way round.
+    // What comes true less often than the table says is believed less.
     Tail tail = {0};
-    Guess before[2], guess[2];
-    propose(&d, &tail, before);
-    for (int i = 0; i < 1000; i++) judge(&d, &tail, before[i % 10 > 0].token + (i % 5 > 1 ? 7 : 0));
-    propose(&d, &tail, guess);
-    if (fabs(guess[0].chance - 0.1) > 0.05 || fabs(guess[1].chance - 0.3) > 0.05 || before[0].chance < 0.3) {
-        printf("1 and 3 in ten come true, %g and %g expected, %g before\n", guess[0].chance, guess[1].chance, before[0].chance);
+    Guess before = propose(&g, &tail);
+    for (int i = 0; i < 1000; i++) judge(&g, &tail, before.token + (i % 10 > 0));
+    Guess guess = propose(&g, &tail);
+    if (fabs(guess.chance - 0.1) > 0.05 || before.chance < 0.3) {
+        printf("one in ten comes true, %g expected, %g before\n", guess.chance, before.chance);
         return 1;
     }
-    drafts_close(&d);
+    guesses_close(&g);
     return 0;
 }
 
 // Passes that take `base` and `row` for each row more: what one row adds, as a part of the whole.
-static int check_pace(void) {
+static int check_pass_time(void) {
     static const double cases[][2] = { { 1, 0.02 }, { 1, 0.2 }, { 20e-6, 5e-6 }, { 1, 0 } };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        Pace pace = {0};
+        PassTime time = {0};
         double base = cases[i][0], row = cases[i][1];
         for (int pass = 0; pass < 200; pass++) {
             int n = 1 + pass * 7 % 12;
             // Every twentieth is disturbed, as by another program.
-            measure_pass(&pace, n, (base + row * n) * (pass % 20 == 7 ? 30 : 1));
+            measure_pass(&time, n, (base + row * n) * (pass % 20 == 7 ? 30 : 1));
         }
         for (int n = 1; n <= 48; n *= 2) {
-            // A row is never free: 48 more than the usual pass has, here 6.5, would take twice its time.
-            double got = row_share(&pace, n), want = fmax(row / (base + row * n), 1 / (48 + 6.5));
+            // A row is never free: 48 more than the usual pass has, here 6.5, would take twice its
+            // time.
+            double got = row_share(&time, n), want = fmax(row / (base + row * n), 1 / (48 + 6.5));
             if (!(got >= 0) || fabs(got - want) > 0.25 * want + 0.02) {
-                printf("a pass of %g and %g a row, %d rows: %g, expected %g\n", base, row, n, got, want);
+                printf("a pass of %g and %g a row, %d rows: %g, expected %g\n", base, row, n, got,
+                       want);
                 return 1;
             }
         }
@@ -316,9 +379,10 @@ static int check_pace(void) {
 
 int main(int argc, char **argv) {
     static const struct { const char *name; int (*run)(void); } parts[] = {
-        { "math", check_math }, { "philox", check_philox }, { "utf8", check_utf8 }, { "threads", check_threads },
-        { "roofline", check_roofline }, { "prefill", check_prefill }, { "drafts", check_drafts },
-        { "pace", check_pace }, { "distribution", print_distributions },
+        { "math", check_math }, { "philox", check_philox }, { "utf8", check_utf8 },
+        { "threads", check_threads }, { "stack", check_stack }, { "prefill", check_prefill },
+        { "guesses", check_guesses }, { "pass_time", check_pass_time },
+        { "distribution", print_distributions },
     };
     for (size_t i = 0; argc == 2 && i < sizeof parts / sizeof *parts; i++)
         if (strcmp(argv[1], parts[i].name) == 0) return parts[i].run();

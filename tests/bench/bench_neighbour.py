@@ -1,8 +1,9 @@
-"""A core taken by another process: python3 tests/bench_neighbour.py MODEL
+"""A core taken by another process: python3 tests/bench/bench_neighbour.py MODEL
 
-Decodes and prefills in turns with and without a process that keeps one core busy, and prints the share of the speed that
-is left, medians of the pairs. A program whose threads wait for each other at every step can fall far below the half that
-two cores of which one is shared leave it. Exit status 1 below 45%. Linux alone: the core is chosen by affinity."""
+Decodes and prefills in turns with and without a process that keeps one core busy, and prints the
+share of the speed that is left, medians of the pairs. A program whose threads wait for each other
+at every step can fall far below the half that two cores of which one is shared leave it. Exit
+status 1 below 45%. Linux alone: the core is chosen by affinity."""
 import os
 import statistics
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-KL3M = Path(__file__).resolve().parent.parent / "kl3m"
+KL3M = Path(__file__).resolve().parents[2] / "kl3m"
 LEAST, PAIRS = 0.45, 9
 
 
@@ -25,8 +26,8 @@ class Resident:
     """A kl3m that answers line by line, so that nothing but its passes is timed."""
 
     def __init__(self, model, new_tokens):
-        self.process = subprocess.Popen([KL3M, "-m", model, "-t", "0", "-n", str(new_tokens), "--ignore-eos", "--no-echo",
-                                         "--no-speculation"],
+        self.process = subprocess.Popen([KL3M, "-m", model, "-t", "0", "-n", str(new_tokens),
+                                         "--ignore-eos", "--no-echo", "--no-speculation"],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def seconds(self, prompt):
@@ -49,7 +50,8 @@ def main():
     if len(cores) < 2:
         sys.exit("one core alone cannot be shared in part")
     works = [("decode", Resident(sys.argv[1], 24), "The"),
-             ("prefill", Resident(sys.argv[1], 1), "the laws of the State and the provisions of this Agreement; " * 8)]
+             ("prefill", Resident(sys.argv[1], 1),
+              "the laws of the State and the provisions of this Agreement; " * 8)]
     worst = 1.0
     for name, resident, prompt in works:
         resident.seconds(prompt)

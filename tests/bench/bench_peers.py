@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""kl3m's speed beside that of transformers, llama.cpp and CTranslate2: one model, the same work, measured in turn.
+"""kl3m's speed beside that of transformers, llama.cpp and CTranslate2: one model, the same work,
+measured in turn.
 
-    tests/bench_peers.py [--only transformers,llama,ct2] [--rounds N] [--env DIR] [--model-dir DIR] [--no-svg]
+    tests/bench/bench_peers.py [--only transformers,llama,ct2] [--rounds N] [--env DIR]
+                               [--model-dir DIR] [--no-svg]
 
-Random weights at the shapes of kl3m-002-170m, fp32, all usable CPUs. Prints a Markdown table and draws bench.svg.
-The peers are installed into a virtual environment: some GB, and llama.cpp is compiled. It and the model's four files
-(2.7 GB) are gone at the end, unless a folder is given to keep them in; what is there is used again.
-Once all is installed a run takes about 25 minutes on two CPUs; nothing else should run meanwhile. Linux only; these
-versions of the peers want Python 3.11 or later.
+Random weights at the shapes of kl3m-002-170m, fp32, all usable CPUs. Prints a Markdown table and
+draws bench.svg. The peers are installed into a virtual environment: some GB, and llama.cpp is
+compiled. It and the model's four files (2.7 GB) are gone at the end, unless a folder is given to
+keep them in; what is there is used again. Once all is installed a run takes about 25 minutes on two
+CPUs; nothing else should run meanwhile. Linux only; these versions of the peers want Python 3.11 or
+later.
 
-The parts, in order: packages, peers, the model's files, processes, prompts, works, agreement, measuring, results.
+The parts, in order: packages, peers, the model's files, processes, prompts, works, agreement,
+measuring, results.
 """
 import sys
 
@@ -31,11 +35,13 @@ from html import escape
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+TESTS, ROOT = HERE.parent, HERE.parents[1]
 KL3M = Path(os.environ.get("KL3M") or ROOT / "kl3m").resolve()
+BENCH = "tests/bench/bench"     # as the Makefile names it
 THREADS = len(os.sched_getaffinity(0))
-SHAPES = {"hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "intermediate_size": 1024,
-          "vocab_size": 32768, "max_position_embeddings": 4096, "rotary_pct": 0.25}
+SHAPES = {"hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
+          "intermediate_size": 1024, "vocab_size": 32768, "max_position_embeddings": 4096,
+          "rotary_pct": 0.25}
 
 
 def say(text):
@@ -44,25 +50,30 @@ def say(text):
 
 def run(command, **more):
     """Runs a command to its end; one that fails ends the script."""
-    done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **more)
+    done = subprocess.run(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          **more)
     if done.returncode:
-        sys.exit("bench_peers.py: status %d from %s" % (done.returncode, " ".join(map(str, command))[:300]))
+        sys.exit("bench_peers.py: status %d from %s"
+                 % (done.returncode, " ".join(map(str, command))[:300]))
     return done.stdout
 
 
 # ---- Packages -----------------------------------------------------------------------------------
 
-PACKAGES = {"torch": "2.15.0", "transformers": "5.23.0", "numpy": "2.4.6", "ctranslate2": "4.8.5", "gguf": "0.19.0",
-            "cmake": "4.4.4", "ninja": "1.13.2"}
-# This one comes as source. It is compiled for the CPU it is on, with the cmake and ninja from above.
+PACKAGES = {"torch": "2.15.0", "transformers": "5.23.0", "numpy": "2.4.6", "ctranslate2": "4.8.5",
+            "gguf": "0.19.0", "cmake": "4.4.4", "ninja": "1.13.2"}
+# This one comes as source. It is compiled for the CPU it is on, with the cmake and ninja from
+# above.
 COMPILED = {"llama-cpp-python": "0.3.36"}
 
 
 def is_complete(python):
     """Whether this environment has every package in its version."""
     code = ("from importlib.metadata import version\n"
-            "assert all(version(name).split('+')[0] == v for name, v in %r.items())" % {**PACKAGES, **COMPILED})
-    return python.exists() and subprocess.run([str(python), "-c", code], stderr=subprocess.DEVNULL).returncode == 0
+            "assert all(version(name).split('+')[0] == v for name, v in %r.items())"
+            % {**PACKAGES, **COMPILED})
+    return python.exists() and subprocess.run([str(python), "-c", code],
+                                              stderr=subprocess.DEVNULL).returncode == 0
 
 
 def prepare_environment(folder):
@@ -73,27 +84,33 @@ def prepare_environment(folder):
         run([sys.executable, "-m", "venv", folder])
         environ = dict(os.environ, PATH="%s:%s" % (folder / "bin", os.environ["PATH"]))
         for packages in (PACKAGES, COMPILED):
-            run([python, "-m", "pip", "install", "-q", *map("==".join, packages.items())], env=environ)
+            run([python, "-m", "pip", "install", "-q", *map("==".join, packages.items())],
+                env=environ)
     return python
 
 
 # ---- Peers --------------------------------------------------------------------------------------
-# Each runs in worker processes of its own, one for each of its settings. What a worker can be asked for:
+# Each runs in worker processes of its own, one for each of its settings. What a worker can be asked
+# for:
 #   last_logits(ids)               the logits after these tokens
-#   generate(ids, count)           the seconds from a prompt to `count` tokens; with 1 this is prefill
-#   decode(context, first, count)  the seconds of `count` passes, each of a token for each sequence, and the ids drawn
-#                                  last. `first` are the sequences' first tokens; a context comes before them (before
-#                                  one sequence) without being measured, and stays for the next call.
-# Tokens are always the likeliest. Where the best setting depends on the work or on the CPU, `settings` has several
-# (and the environment each wants): before a work is measured they are tried, and the fastest takes part. `usual` is
-# what a work takes that has no time to try. Figures in comments are of two cores of an EPYC with AVX-512.
+#   generate(ids, count)           the seconds from a prompt to `count` tokens; with 1 this is
+#                                  prefill
+#   decode(context, first, count)  the seconds of `count` passes, each of a token for each sequence,
+#                                  and the ids drawn last. `first` are the sequences' first tokens;
+#                                  a context comes before them (before one sequence) without being
+#                                  measured, and stays for the next call.
+# Tokens are always the likeliest. Where the best setting depends on the work or on the CPU,
+# `settings` has several (and the environment each wants): before a work is measured they are tried,
+# and the fastest takes part. `usual` is what a work takes that has no time to try. Figures in
+# comments are of two cores of an EPYC with AVX-512.
 
 class Transformers:
-    # The setting is the kind of cache. A dynamic one is copied for each token, which makes 2.5 tokens/s at position
-    # 3,840 where a static one makes 12; in prefill of as many the dynamic one is a little ahead, at all else neither.
-    # The loop over the model's forward saves what generate() does beside it. Left out: eager attention (80% of sdpa's
-    # speed in prefill, the same in decoding); torch.compile with the static cache, weights frozen or not (17 to 21
-    # tokens/s instead of 15, after 1 to 3 minutes of compiling for each shape, and slower for 16 sequences).
+    # The setting is the kind of cache. A dynamic one is copied for each token, which makes 2.5
+    # tokens/s at position 3,840 where a static one makes 12; in prefill of as many the dynamic one
+    # is a little ahead, at all else neither. The loop over the model's forward saves what
+    # generate() does beside it. Left out: eager attention (80% of sdpa's speed in prefill, the same
+    # in decoding); torch.compile with the static cache, weights frozen or not (17 to 21 tokens/s
+    # instead of 15, after 1 to 3 minutes of compiling for each shape, and slower for 16 sequences).
     title, version, usual = "transformers", "transformers", "dynamic cache"
     settings = {"dynamic cache": {}, "static cache": {}}
 
@@ -105,13 +122,16 @@ class Transformers:
         self.torch = torch
         self.model = GPTNeoXForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
         config = self.model.config
-        self.new_cache = {"dynamic cache": lambda places: DynamicCache(config=config),
-                          "static cache": lambda places: StaticCache(config=config, max_cache_len=places)}[setting]
+        self.new_cache = {
+            "dynamic cache": lambda places: DynamicCache(config=config),
+            "static cache": lambda places: StaticCache(config=config, max_cache_len=places),
+        }[setting]
         self.context = None
 
     def forward(self, rows, cache):
         with self.torch.inference_mode():
-            return self.model(rows, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            return self.model(rows, past_key_values=cache, use_cache=True,
+                              logits_to_keep=1).logits[:, -1]
 
     def passes(self, rows, cache, count):
         """Seconds and the tokens drawn last."""
@@ -147,10 +167,11 @@ class Transformers:
 
 
 class LlamaCpp:
-    # Flash attention is ahead in prefill of 512 tokens (590 tokens/s for 410), for 16 sequences (310 for 200, or for
-    # 285 with one cache for all, kv_unified) and mostly in prefill of 3,840 (200 to 220 for 190 to 230); behind in
-    # decoding at 3,840 (13 to 17 for 22). Passes of 128, 256 and 2,048 tokens in prefill: slower or the same. Keys and
-    # values are fp16, its default. Driven through the C functions, which spares it the Python class's work.
+    # Flash attention is ahead in prefill of 512 tokens (590 tokens/s for 410), for 16 sequences
+    # (310 for 200, or for 285 with one cache for all, kv_unified) and mostly in prefill of 3,840
+    # (200 to 220 for 190 to 230); behind in decoding at 3,840 (13 to 17 for 22). Passes of 128, 256
+    # and 2,048 tokens in prefill: slower or the same. Keys and values are fp16, its default. Driven
+    # through the C functions, which spares it the Python class's work.
     title, version, usual = "llama.cpp", "llama-cpp-python", "flash attention"
     settings = {"flash attention": {}, "no flash attention": {}}
     PASS = 512
@@ -180,7 +201,8 @@ class LlamaCpp:
             params.n_batch = params.n_ubatch = self.PASS
             params.n_threads = params.n_threads_batch = THREADS
             params.flash_attn_type = self.flash
-            self.llama, self.size = self.api.llama_init_from_model(self.model, params), (sequences, places)
+            self.llama, self.size = (self.api.llama_init_from_model(self.model, params),
+                                     (sequences, places))
         self.context = None
         self.api.llama_memory_clear(self.api.llama_get_memory(self.llama), True)
 
@@ -203,7 +225,8 @@ class LlamaCpp:
             batch.token[i], batch.pos[i], batch.logits[i] = token, position, 1
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, i
         self.feed(batch)
-        return self.as_array(self.api.llama_get_logits(self.llama), (len(ids), self.vocab)).argmax(1).tolist()
+        return self.as_array(self.api.llama_get_logits(self.llama),
+                             (len(ids), self.vocab)).argmax(1).tolist()
 
     def last_logits(self, ids):
         self.make_room(1, len(ids))
@@ -233,30 +256,34 @@ class LlamaCpp:
 
 
 class CTranslate2:
-    # The setting is the library for products of matrices; by itself CTranslate2 takes MKL on Intel's CPUs only. On the
-    # EPYC oneDNN makes 58 tokens/s for one sequence and MKL 26, but 77 and 165 for 16. Tried without gain: its AVX-512
-    # code (CT2_FORCE_CPU_ISA), no end token, forward_batch for prefill, which computes all positions' logits.
+    # The setting is the library for products of matrices; by itself CTranslate2 takes MKL on
+    # Intel's CPUs only. On the EPYC oneDNN makes 58 tokens/s for one sequence and MKL 26, but 77
+    # and 165 for 16. Tried without gain: its AVX-512 code (CT2_FORCE_CPU_ISA), no end token,
+    # forward_batch for prefill, which computes all positions' logits.
     title, version = "CTranslate2", "ctranslate2"
     usual = "MKL" if "GenuineIntel" in Path("/proc/cpuinfo").read_text() else "oneDNN"
     settings = {"oneDNN": {"CT2_USE_MKL": "0"}, "MKL": {"CT2_USE_MKL": "1"}}
 
     def __init__(self, folder, setting):
         import ctranslate2
-        self.generator = ctranslate2.Generator(str(folder / "ct2"), device="cpu", compute_type="float32",
-                                               inter_threads=1, intra_threads=THREADS)
+        self.generator = ctranslate2.Generator(
+            str(folder / "ct2"), device="cpu", compute_type="float32", inter_threads=1,
+            intra_threads=THREADS)
         self.tokens = json.loads((folder / "ct2" / "vocabulary.json").read_text(encoding="utf-8"))
 
     def draw(self, prompts, count, **more):
         """Seconds and the tokens drawn for each prompt."""
         prompts = [[self.tokens[i] for i in ids] for ids in prompts]
         start = time.perf_counter()
-        results = self.generator.generate_batch(prompts, max_length=count, min_length=count, sampling_topk=1,
-                                                include_prompt_in_result=False, **more)
+        results = self.generator.generate_batch(
+            prompts, max_length=count, min_length=count, sampling_topk=1,
+            include_prompt_in_result=False, **more)
         return time.perf_counter() - start, [result.sequences_ids[0] for result in results]
 
     def last_logits(self, ids):
         import numpy
-        return numpy.array(self.generator.forward_batch([ids], return_log_probs=False))[0, -1].tolist()
+        return numpy.array(self.generator.forward_batch(
+            [ids], return_log_probs=False))[0, -1].tolist()
 
     def generate(self, ids, count):
         return self.draw([ids], count)[0]
@@ -265,10 +292,12 @@ class CTranslate2:
         if not context:
             seconds, drawn = self.draw([[i] for i in first], count)
             return seconds, [ids[-1] for ids in drawn]
-        # The kept state is copied before the first pass, so as many passes after that one are measured.
+        # The kept state is copied before the first pass, so as many passes after that one are
+        # measured.
         times = []
         _, drawn = self.draw([first], count + 1, static_prompt=[self.tokens[i] for i in context],
-                             cache_static_prompt=True, callback=lambda step: times.append(time.perf_counter()))
+                             cache_static_prompt=True,
+                             callback=lambda step: times.append(time.perf_counter()))
         return times[count] - times[0], [drawn[0][count - 1]]
 
 
@@ -276,7 +305,8 @@ PEERS = {"transformers": Transformers, "llama": LlamaCpp, "ct2": CTranslate2}
 
 
 def serve(peer, setting, folder):
-    """A worker: requests as lines of JSON in, results out. What libraries print on standard output is kept apart."""
+    """A worker: requests as lines of JSON in, results out. What libraries print on standard output
+    is kept apart."""
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker = PEERS[peer](Path(folder), setting)
@@ -286,7 +316,8 @@ def serve(peer, setting, folder):
 
 
 def once(peer, setting, folder, ids, count):
-    """What a user's script does: import, load, generate. One byte on standard output says that it is done."""
+    """What a user's script does: import, load, generate. One byte on standard output says that it
+    is done."""
     result = os.dup(1)
     os.dup2(2, 1)
     PEERS[peer](Path(folder), setting).generate(json.loads(ids), int(count))
@@ -296,18 +327,22 @@ def once(peer, setting, folder, ids, count):
 # ---- The model's files --------------------------------------------------------------------------
 
 def write_hf(out):
-    """The random model. Its vocabulary's rows are those of the real one; the tokenizer's 2,048 do for prompts."""
+    """The random model. Its vocabulary's rows are those of the real one; the tokenizer's 2,048 do
+    for prompts."""
+    sys.path.append(str(TESTS))
     import models
-    models.write_model(out, tokenizer=HERE / "tiny" / "tokenizer.json", **SHAPES)
+    models.write_model(out, tokenizer=TESTS / "tiny" / "tokenizer.json", **SHAPES)
 
 
 def write_gguf(out):
     """For llama.cpp: its names, and all of Q, K and V instead of theirs head by head."""
     import gguf
     from safetensors.numpy import load_file
-    heads, size = SHAPES["num_attention_heads"], SHAPES["hidden_size"] // SHAPES["num_attention_heads"]
-    names = {"attention.query_key_value": "attn_qkv", "attention.dense": "attn_output", "input_layernorm": "attn_norm",
-             "post_attention_layernorm": "ffn_norm", "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
+    heads, size = (SHAPES["num_attention_heads"],
+                   SHAPES["hidden_size"] // SHAPES["num_attention_heads"])
+    names = {"attention.query_key_value": "attn_qkv", "attention.dense": "attn_output",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+             "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
     writer = gguf.GGUFWriter(out, "gptneox")
     writer.add_context_length(SHAPES["max_position_embeddings"])
     writer.add_embedding_length(SHAPES["hidden_size"])
@@ -324,8 +359,9 @@ def write_gguf(out):
         if layer and layer[2] == "attention.query_key_value":
             tensor = tensor.reshape(heads, 3, size, -1).swapaxes(0, 1).reshape(tensor.shape)
         writer.add_tensor("blk.%s.%s.%s" % (layer[1], names[layer[2]], part) if layer else
-                          {"gpt_neox.embed_in.weight": "token_embd.weight", "embed_out.weight": "output.weight"}.get(
-                              name, "output_norm." + part), tensor)
+                          {"gpt_neox.embed_in.weight": "token_embd.weight",
+                           "embed_out.weight": "output.weight"}.get(name, "output_norm." + part),
+                          tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -333,10 +369,12 @@ def write_gguf(out):
 
 
 def write_ct2(out):
-    """For CTranslate2. Its converter knows transformers 4: two names that transformers 5 changed are given back."""
+    """For CTranslate2. Its converter knows transformers 4: two names that transformers 5 changed
+    are given back."""
     import ctranslate2
     import transformers
-    transformers.GPTNeoXConfig.rotary_pct = property(lambda config: config.rope_parameters["partial_rotary_factor"])
+    transformers.GPTNeoXConfig.rotary_pct = property(
+        lambda config: config.rope_parameters["partial_rotary_factor"])
     transformers.GPTNeoXForCausalLM.embed_out = property(lambda model: model.lm_head)
     ctranslate2.converters.TransformersConverter(str(out.parent / "hf")).convert(str(out))
 
@@ -345,7 +383,8 @@ WRITERS = {"hf": write_hf, "f32.gguf": write_gguf, "ct2": write_ct2}
 
 
 def write_file(name, out):
-    """One of the files. In a process of its own: the memory a parent ever used would count as its children's."""
+    """One of the files. In a process of its own: the memory a parent ever used would count as its
+    children's."""
     WRITERS[name](Path(out))
 
 
@@ -372,8 +411,8 @@ class Program:
     def __init__(self, command, log, environ=None):
         self.name, self.log = " ".join(map(str, command))[:200], log
         with open(log, "wb") as errors:
-            self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            stderr=errors, env=environ)
+            self.process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=errors, env=environ)
         Program.running.append(self)
 
     def ask(self, lines):
@@ -384,7 +423,8 @@ class Program:
         answers = [self.process.stdout.readline() for _ in lines]
         seconds = time.perf_counter() - start
         if not answers[-1]:
-            sys.exit("bench_peers.py: %s ended:\n%s" % (self.name, self.log.read_text(errors="replace")[-2000:]))
+            sys.exit("bench_peers.py: %s ended:\n%s"
+                     % (self.name, self.log.read_text(errors="replace")[-2000:]))
         return seconds, answers
 
     def end(self):
@@ -400,7 +440,8 @@ class Program:
 
 
 def settle():
-    """Waits until no process computes any more: threads of some libraries spin for a while after their work."""
+    """Waits until no process computes any more: threads of some libraries spin for a while after
+    their work."""
     for _ in range(100):
         before = [program.cpu_ticks() for program in Program.running]
         time.sleep(0.05)
@@ -410,11 +451,12 @@ def settle():
 
 
 def run_measured(command, environ=None):
-    """Seconds from the start of a process to its first byte of output, and the most memory it had, in MB."""
+    """Seconds from the start of a process to its first byte of output, and the most memory it had,
+    in MB."""
     with tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
-        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=errors, env=environ, bufsize=0)
+        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=errors, env=environ, bufsize=0)
         first = process.stdout.read(1)
         seconds = time.perf_counter() - start
         process.stdout.read()
@@ -423,7 +465,8 @@ def run_measured(command, environ=None):
         process.stdout.close()
         errors.seek(0)
         if process.returncode or not first:
-            sys.exit("bench_peers.py: %s failed:\n%s" % (command[0], errors.read().decode(errors="replace")[-2000:]))
+            sys.exit("bench_peers.py: %s failed:\n%s"
+                     % (command[0], errors.read().decode(errors="replace")[-2000:]))
     return seconds, usage.ru_maxrss * 1024 / 1e6
 
 
@@ -451,7 +494,8 @@ class Kl3m:
         path = self.scratch / "lines"
         path.write_text("\n".join(lines) + "\n")
         with open(path) as file:
-            out = subprocess.run([KL3M, "-m", self.model, "--tokenize"], stdin=file, stdout=subprocess.PIPE, check=True)
+            out = subprocess.run([KL3M, "-m", self.model, "--tokenize"], stdin=file,
+                                 stdout=subprocess.PIPE, check=True)
         return [list(map(int, line.split())) for line in out.stdout.splitlines()]
 
     def last_logits(self, text):
@@ -463,10 +507,12 @@ class Kl3m:
 
 
 class Peer:
-    """One of the others: its workers, started when they are first asked, and the one that takes part in a work."""
+    """One of the others: its workers, started when they are first asked, and the one that takes
+    part in a work."""
 
     def __init__(self, name, python, folder, scratch):
-        self.name, self.title, self.python, self.folder, self.scratch = name, PEERS[name].title, python, folder, scratch
+        self.name, self.title, self.python, self.folder, self.scratch = (
+            name, PEERS[name].title, python, folder, scratch)
         self.workers, self.setting = {}, None
 
     def environ(self):
@@ -480,17 +526,19 @@ class Peer:
         return json.loads(self.workers[self.setting].ask([json.dumps(dict(request, do=do))])[1][0])
 
     def run_once(self, ids, count):
-        return run_measured([self.python, __file__, "--once", self.name, self.setting, self.folder, ids, count],
-                            self.environ())
+        return run_measured([self.python, __file__, "--once", self.name, self.setting, self.folder,
+                             ids, count], self.environ())
 
 
 # ---- Prompts ------------------------------------------------------------------------------------
 
 class Prompts:
-    """Texts with an exact number of tokens: words that are one token each, and the space between, which is one too."""
+    """Texts with an exact number of tokens: words that are one token each, and the space between,
+    which is one too."""
 
     def __init__(self, kl3m):
-        vocab = json.loads((HERE / "tiny" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        vocab = json.loads((TESTS / "tiny" / "tokenizer.json").read_text(
+            encoding="utf-8"))["model"]["vocab"]
         words = sorted(word for word in vocab if re.fullmatch("[a-z]{2,}", word))
         self.words = [word for word, ids in zip(words, kl3m.tokenize(words)) if len(ids) == 1]
         self.kl3m, self.random = kl3m, random.Random(1)
@@ -500,25 +548,30 @@ class Prompts:
         words = [self.random.sample(self.words, texts) for _ in range((count + 1) // 2)]
         lines = [" ".join(line) + " " * (count % 2 == 0) for line in zip(*words)]
         found = self.kl3m.tokenize(lines)
-        assert [len(ids) for ids in found] == [count] * texts, "prompts of %d tokens have %s" % (count, found)
+        assert [len(ids) for ids in found] == [count] * texts, (
+            "prompts of %d tokens have %s" % (count, found))
         return list(zip(lines, found))
 
 
 # ---- Works --------------------------------------------------------------------------------------
-# What is measured. prompt() makes the input of one pair of windows; ours() and theirs() measure it, in the unit. A slow
-# work has a third as many pairs and no windows to warm up. `settings` are those to try; all, where it has none.
+# What is measured. prompt() makes the input of one pair of windows; ours() and theirs() measure it,
+# in the unit. A slow work has a third as many pairs and no windows to warm up. `settings` are those
+# to try; all, where it has none.
 
 class Decode:
-    """Each sequence begins with one token, so that n new tokens are n passes: nothing is guessed."""
+    """Each sequence begins with one token, so that n new tokens are n passes: nothing is
+    guessed."""
     unit, slow, settings = "tokens/s", False, {}
 
     def __init__(self, sequences, passes):
         self.sequences, self.passes = sequences, passes
-        self.title = "decode, %d sequences together" % sequences if sequences > 1 else "decode, one sequence"
+        self.title = ("decode, %d sequences together" % sequences if sequences > 1
+                      else "decode, one sequence")
 
     def begin(self, kl3m, prompts):
         self.prompts = prompts
-        self.program = kl3m.start("-n", self.passes, *(["-b", self.sequences] if self.sequences > 1 else []))
+        self.program = kl3m.start("-n", self.passes,
+                                  *(["-b", self.sequences] if self.sequences > 1 else []))
 
     def prompt(self):
         return self.prompts.new(1, self.sequences)
@@ -528,14 +581,16 @@ class Decode:
 
     def theirs(self, peer, prompt):
         first = [ids[0] for _, ids in prompt]
-        return len(prompt) * self.passes / peer.ask("decode", context=[], first=first, count=self.passes)[0]
+        return len(prompt) * self.passes / peer.ask("decode", context=[], first=first,
+                                                    count=self.passes)[0]
 
     def end(self):
         self.program.end()
 
 
 class DecodeMany(Decode):
-    """kl3m with its usual batch, beyond which it gains little; each peer with the one of these that it is fastest with."""
+    """kl3m with its usual batch, beyond which it gains little; each peer with the one of these that
+    it is fastest with."""
     unit, slow, batches = "tokens/s", True, (16, 48, 96)
     settings = {"transformers": ["static cache"], "llama": ["flash attention"], "ct2": ["MKL"]}
 
@@ -552,7 +607,8 @@ class DecodeMany(Decode):
     def theirs(self, peer, prompt):
         if peer.name not in self.best:
             tried = super().theirs
-            found = {count: max(tried(peer, prompt[:count]) for _ in range(2)) for count in self.batches}
+            found = {count: max(tried(peer, prompt[:count]) for _ in range(2))
+                     for count in self.batches}
             self.best[peer.name] = max(found, key=found.get)
             say("%s, %s sequences together: %s tokens/s" % (peer.title, ", ".join(map(str, found)),
                                                            ", ".join(map(shown, found.values()))))
@@ -560,26 +616,28 @@ class DecodeMany(Decode):
 
 
 class DecodeText:
-    """What guesses are worth on text that people wrote and Debian has, with no table to begin with. The peer has one token a
-    pass, whatever the text is."""
+    """What guesses are worth on text that people wrote and Debian has, with no table to begin with.
+    The peer has one token a pass, whatever the text is."""
     title, unit, slow, passes = "decode legal text, with guesses", "tokens/s", True, 32
     settings = {"transformers": [], "ct2": []}
-    text, line, prompt_part = Path("/usr/share/common-licenses/GPL-3"), 1600, 1300       # characters
+    text, line, prompt_part = Path("/usr/share/common-licenses/GPL-3"), 1600, 1300   # characters
 
     def begin(self, kl3m, prompts):
         self.kl3m, self.prompts = kl3m, prompts
         text = self.text.read_text(encoding="utf-8").replace("\\", "\\\\").replace("\n", "\\n")
         lines = [text[i:i + self.line] for i in range(0, len(text) - self.line, self.line)]
-        self.file = kl3m.file("".join(line[:self.prompt_part] + "\t" + line[self.prompt_part:] + "\n" for line in lines))
+        self.file = kl3m.file("".join(
+            line[:self.prompt_part] + "\t" + line[self.prompt_part:] + "\n" for line in lines))
+        run(["make", "-s", "-C", ROOT, BENCH])
 
     def prompt(self):
         return self.prompts.new(1)[0][1]
 
     def ours(self, prompt):
-        done = run([KL3M, "-m", self.kl3m.model, "-j", THREADS, "--bench", "--replay", self.file, "--json"])
+        done = run([ROOT / BENCH, self.kl3m.model, "-j", THREADS, "--replay", self.file, "--json"])
         figures = json.loads(done)
-        say("guesses: %.2f tokens a pass, %.1f tokens/s without them" % (figures["tokens_per_pass"],
-                                                                       figures["tokens_per_second"][0]))
+        say("guesses: %.2f tokens a pass, %.1f tokens/s without them"
+            % (figures["tokens_per_pass"], figures["tokens_per_second"][0]))
         return figures["tokens_per_second"][1]
 
     def theirs(self, peer, prompt):
@@ -590,9 +648,11 @@ class DecodeText:
 
 
 class DecodeFar:
-    """kl3m reads its prompt each time and says itself how fast the tokens after the first came; the others keep it."""
+    """kl3m reads its prompt each time and says itself how fast the tokens after the first came; the
+    others keep it."""
     unit, slow, passes = "tokens/s", True, 32
-    settings = {"transformers": ["static cache"], "llama": ["no flash attention"], "ct2": [CTranslate2.usual]}
+    settings = {"transformers": ["static cache"], "llama": ["no flash attention"],
+                "ct2": [CTranslate2.usual]}
 
     def __init__(self, position):
         self.position, self.title = position, "decode at position {:,}".format(position)
@@ -606,11 +666,14 @@ class DecodeFar:
 
     def ours(self, prompt):
         command = list(map(str, self.kl3m.command("-f", self.file, "-n", self.passes + 1, "-v")))
-        errors = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True).stderr.decode()
-        return float(re.search(r"first token after .*, %d more at ([\d.]+) tokens/s" % self.passes, errors)[1])
+        errors = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                check=True).stderr.decode()
+        return float(re.search(r"first token after .*, %d more at ([\d.]+) tokens/s" % self.passes,
+                               errors)[1])
 
     def theirs(self, peer, prompt):
-        return self.passes / peer.ask("decode", context=prompt, first=prompt[-1:], count=self.passes)[0]
+        return self.passes / peer.ask("decode", context=prompt, first=prompt[-1:],
+                                      count=self.passes)[0]
 
     def end(self):
         pass
@@ -644,7 +707,8 @@ class PrefillFar(Prefill):
 
 
 class FirstToken:
-    """A new process each time, up to its first token. The others are given ids, and so are spared their tokenizers."""
+    """A new process each time, up to its first token. The others are given ids, and so are spared
+    their tokenizers."""
     title, unit, slow = "shell to first token, prompt of 10", "s", True
     settings = {name: [peer.usual] for name, peer in PEERS.items()}
     count, new = 10, 1
@@ -666,7 +730,8 @@ class FirstToken:
 
 
 class Memory(FirstToken):
-    """The most that such a process has in memory; for kl3m and llama.cpp the mapped file's pages are counted."""
+    """The most that such a process has in memory; for kl3m and llama.cpp the mapped file's pages
+    are counted."""
     title, unit, count, new = "peak memory, prompt of 512, 16 new tokens", "MB", 512, 16
 
     def ours(self, prompt):
@@ -676,13 +741,14 @@ class Memory(FirstToken):
         return peer.run_once(prompt[1], self.new)[1]
 
 
-WORKS = [Decode(1, 32), DecodeText(), DecodeFar(3840), Decode(16, 16), DecodeMany(48, 16), Prefill(512), PrefillFar(3840),
-         FirstToken(), Memory()]
+WORKS = [Decode(1, 32), DecodeText(), DecodeFar(3840), Decode(16, 16), DecodeMany(48, 16),
+         Prefill(512), PrefillFar(3840), FirstToken(), Memory()]
 
 
 # ---- Agreement ----------------------------------------------------------------------------------
 
-FAR_APART = 0.05   # in logits of standard deviation 3.5; llama.cpp keeps keys, values and GELU's table in fp16
+# In logits of standard deviation 3.5; llama.cpp keeps keys, values and GELU's table in fp16.
+FAR_APART = 0.05
 
 
 def likeliest(logits):
@@ -690,7 +756,8 @@ def likeliest(logits):
 
 
 def check_agreement(kl3m, peers, prompts):
-    """Ends the script unless every worker computes what kl3m does: in prefill, after a kept prompt, and together."""
+    """Ends the script unless every worker computes what kl3m does: in prefill, after a kept prompt,
+    and together."""
     text, ids = prompts.new(65)[0]
     several = prompts.new(1, 16)
     ours, want = kl3m.last_logits(text), [likeliest(kl3m.last_logits(word)) for word, _ in several]
@@ -702,13 +769,15 @@ def check_agreement(kl3m, peers, prompts):
             together = peer.ask("decode", context=[], first=[i for _, (i,) in several], count=1)[1]
             say("%s, %s: logits at most %.1g from kl3m's" % (peer.title, peer.setting, apart))
             if apart > FAR_APART or far != [likeliest(ours)] or together != want:
-                sys.exit("bench_peers.py: %s (%s) does not compute what kl3m does" % (peer.title, peer.setting))
+                sys.exit("bench_peers.py: %s (%s) does not compute what kl3m does"
+                         % (peer.title, peer.setting))
 
 
 # ---- Measuring ----------------------------------------------------------------------------------
 
 def choose_setting(work, peer):
-    """Takes the peer's fastest setting for this work, and leaves it warm. Only speeds have several to try."""
+    """Takes the peer's fastest setting for this work, and leaves it warm. Only speeds have several
+    to try."""
     candidates = work.settings.get(peer.name, list(PEERS[peer.name].settings))
     if work.slow and len(candidates) == 1:
         peer.setting = candidates[0]
@@ -722,8 +791,8 @@ def choose_setting(work, peer):
 
 
 def measure(work, kl3m, peers, prompts, rounds):
-    """The medians of all, and for each peer the median ratio of a window to kl3m's just before it: above 1, kl3m is
-    ahead."""
+    """The medians of all, and for each peer the median ratio of a window to kl3m's just before it:
+    above 1, kl3m is ahead."""
     work.begin(kl3m, prompts)
     peers = [peer for peer in peers if work.settings.get(peer.name) != []]
     if not work.slow:
@@ -740,12 +809,14 @@ def measure(work, kl3m, peers, prompts, rounds):
             theirs = work.theirs(peer, prompt)
             values["kl3m"].append(ours)
             values.setdefault(peer.title, []).append(theirs)
-            ratios.setdefault(peer.title, []).append(ours / theirs if work.unit == "tokens/s" else theirs / ours)
+            ratios.setdefault(peer.title, []).append(
+                ours / theirs if work.unit == "tokens/s" else theirs / ours)
     work.end()
     values = {name: statistics.median(found) for name, found in values.items()}
     ratios = {name: statistics.median(found) for name, found in ratios.items()}
-    others = ["%s (%s) %s, kl3m %.2f times as good" % (peer.title, peer.setting, shown(values[peer.title]),
-                                                       ratios[peer.title]) for peer in peers]
+    others = ["%s (%s) %s, kl3m %.2f times as good"
+              % (peer.title, peer.setting, shown(values[peer.title]), ratios[peer.title])
+              for peer in peers]
     say("%s, %s: kl3m %s; %s" % (work.title, work.unit, shown(values["kl3m"]), "; ".join(others)))
     return work, values, ratios
 
@@ -753,7 +824,8 @@ def measure(work, kl3m, peers, prompts, rounds):
 # ---- Results ------------------------------------------------------------------------------------
 
 def shown(value):
-    return "%.2f" % value if value < 10 else "%.1f" % value if value < 100 else "{:,.0f}".format(value)
+    return ("%.2f" % value if value < 10 else "%.1f" % value if value < 100
+            else "{:,.0f}".format(value))
 
 
 def cpu_model():
@@ -763,37 +835,48 @@ def cpu_model():
 
 def table(results, peers):
     names = ["kl3m"] + [peer.title for peer in peers]
-    lines = ["| | %s | kl3m against the best of them |" % " | ".join(names), "|---|" + "--:|" * (len(names) + 1)]
+    lines = ["| | %s | kl3m against the best of them |" % " | ".join(names),
+             "|---|" + "--:|" * (len(names) + 1)]
     for work, values, ratios in results:
         best = min(ratios, key=ratios.get)
-        cells = [shown(values[name]) if name in values else "" for name in names] + ["%.2f (%s)" % (ratios[best], best)]
+        cells = ([shown(values[name]) if name in values else "" for name in names]
+                 + ["%.2f (%s)" % (ratios[best], best)])
         lines.append("| %s, %s | %s |" % (work.title, work.unit, " | ".join(cells)))
     return "\n".join(lines)
 
 
 def draw(results, peers, below):
-    """Bars, grouped by work, each group with a scale of its own. Colours that can be read on white and on black."""
+    """Bars, grouped by work, each group with a scale of its own. Colours that can be read on white
+    and on black."""
     names, parts, y = ["kl3m"] + [peer.title for peer in peers], [], 56
     for work, values, _ in results:
         better = "" if work.unit == "tokens/s" else " (less is better)"
-        parts.append('<text x="16" y="%d" class="w">%s, %s%s</text>' % (y, work.title, work.unit, better))
+        parts.append('<text x="16" y="%d" class="w">%s, %s%s</text>'
+                     % (y, work.title, work.unit, better))
         most = max(values.values())
         for name in [name for name in names if name in values]:
             y += 18
             width = max(1, round(500 * values[name] / most))
             kind = ' class="k"' if name == "kl3m" else ""
-            parts.append('<text x="108" y="%d" text-anchor="end"%s>%s</text><rect x="116" y="%d" width="%d" height="13"'
-                         ' rx="2"%s/><text x="%d" y="%d"%s>%s</text>' % (y, kind, name, y - 11, width, kind,
-                                                                         116 + width + 6, y, kind, shown(values[name])))
+            parts.append('<text x="108" y="%d" text-anchor="end"%s>%s</text>'
+                         '<rect x="116" y="%d" width="%d" height="13" rx="2"%s/>'
+                         '<text x="%d" y="%d"%s>%s</text>'
+                         % (y, kind, name, y - 11, width, kind, 116 + width + 6, y, kind,
+                            shown(values[name])))
         y += 32
-    lines = ['<text x="16" y="%d" class="s">%s</text>' % (y + 16 * i, escape(line)) for i, line in enumerate(below)]
+    lines = ['<text x="16" y="%d" class="s">%s</text>' % (y + 16 * i, escape(line))
+             for i, line in enumerate(below)]
     y += 16 * len(below)
-    style = ("text{font:12px system-ui,sans-serif;fill:#6e7781}.t{font-size:16px;font-weight:600}.w{font-weight:600}"
-             ".s{font-size:11px}rect{fill:#8c959f}@media(prefers-color-scheme:dark){text{fill:#8b949e}}"
+    style = ("text{font:12px system-ui,sans-serif;fill:#6e7781}.t{font-size:16px;font-weight:600}"
+             ".w{font-weight:600}.s{font-size:11px}rect{fill:#8c959f}"
+             "@media(prefers-color-scheme:dark){text{fill:#8b949e}}"
              "rect.k{fill:#2f81f7}text.k{fill:#2f81f7;font-weight:600}")
-    title = '<text x="16" y="28" class="t">kl3m beside other programs: one model, fp32, on a CPU</text>'
-    return ('<svg xmlns="http://www.w3.org/2000/svg" width="700" height="%d" viewBox="0 0 700 %d" role="img">'
-            '<title>kl3m\'s speed and memory beside those of %s</title>\n<style>%s</style>\n%s\n</svg>\n'
+    title = ('<text x="16" y="28" class="t">'
+             'kl3m beside other programs: one model, fp32, on a CPU</text>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" width="700" height="%d" viewBox="0 0 700 %d"'
+            ' role="img">'
+            '<title>kl3m\'s speed and memory beside those of %s</title>\n'
+            '<style>%s</style>\n%s\n</svg>\n'
             % (y, y, ", ".join(names[1:]), style, "\n".join([title, *parts, *lines])))
 
 
@@ -809,9 +892,11 @@ def bench(args, scratch):
 
     versions = {**PACKAGES, **COMPILED}
     where = "%s, %s, %d threads" % (date.today(), cpu_model(), THREADS)
-    who = ", ".join([run([KL3M, "--version"]).decode().split(",")[0].strip()] +
-                    ["%s %s" % (PEERS[name].version, versions[PEERS[name].version]) for name in args.only])
-    print("%s; %s; random weights at the shapes of kl3m-002-170m, fp32\n\n%s" % (where, who, table(results, peers)))
+    who = ", ".join([run([KL3M, "--version"]).decode().split(",")[0].strip()]
+                    + ["%s %s" % (PEERS[name].version, versions[PEERS[name].version])
+                       for name in args.only])
+    print("%s; %s; random weights at the shapes of kl3m-002-170m, fp32\n\n%s"
+          % (where, who, table(results, peers)))
     if not args.no_svg:
         below = ["%s. Random weights at the shapes of kl3m-002-170m." % where, who + "."]
         (HERE / "bench.svg").write_text(draw(results, peers, below), encoding="utf-8")
@@ -822,11 +907,15 @@ def main():
     for option, function in (("--serve", serve), ("--once", once), ("--write", write_file)):
         if sys.argv[1:2] == [option]:   # this script, as it starts itself
             return function(*sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", metavar="LIST", default=",".join(PEERS), help="peers, of %(default)s")
-    parser.add_argument("--rounds", type=int, default=9, help="pairs of windows; slow works have a third (%(default)s)")
-    parser.add_argument("--env", type=Path, metavar="DIR", help="the environment, kept and used again")
-    parser.add_argument("--model-dir", type=Path, metavar="DIR", help="the model's files, kept and used again")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", metavar="LIST", default=",".join(PEERS),
+                        help="peers, of %(default)s")
+    parser.add_argument("--rounds", type=int, default=9,
+                        help="pairs of windows; slow works have a third (%(default)s)")
+    parser.add_argument("--env", type=Path, metavar="DIR",
+                        help="the environment, kept and used again")
+    parser.add_argument("--model-dir", type=Path, metavar="DIR",
+                        help="the model's files, kept and used again")
     parser.add_argument("--no-svg", action="store_true", help="print the table only")
     args = parser.parse_args()
     args.only = args.only.split(",")

@@ -39,15 +39,17 @@ def test(sentence):
 def reason(error):
     """The failure in a few lines: the last place in the tests outside this file, and what."""
     place = [frame for frame in traceback.extract_tb(error.__traceback__)
-             if Path(frame.filename).parent == ROOT / "tests" and frame.filename != __file__][-1]
+             if ROOT / "tests" in Path(frame.filename).parents and frame.filename != __file__][-1]
     kind = "" if type(error) is AssertionError else type(error).__name__ + " "
     text = "%s:%d: %s%s" % (Path(place.filename).name, place.lineno, kind, str(error) or place.line)
     return "    " + text.replace("\n", "\n    ")
 
 
-def selected(words):
-    """The tests whose module or sentence contains one of the words; without words all."""
-    return [one for one in tests if not words or any(word in one[0] or word in one[1] for word in words)]
+def selected(words, module=None):
+    """The tests whose module or sentence contains one of the words; without words all. Of this
+    module alone, if one is named: a module may import another one of tests."""
+    return [one for one in tests if module in (None, one[0])
+            and (not words or any(word in one[0] or word in one[1] for word in words))]
 
 
 def closing_line(count):
@@ -145,8 +147,8 @@ def cache():
 
 
 def once(name, make):
-    """A file or folder of this name that make(path) makes the first time that any module of this run asks for it. One
-    name is one file: do not change it."""
+    """A file or folder of this name that make(path) makes the first time that any module of this
+    run asks for it. One name is one file: do not change it."""
     path = cache() / name
     with open(cache() / (name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -163,7 +165,8 @@ def small_directory(**options):
 
 def small_model(**options):
     """The same model, exported. One call with the same options is one file: do not change it."""
-    return once(_name("small", options) + ".bin", lambda path: export(small_directory(**options), path))
+    return once(_name("small", options) + ".bin",
+                lambda path: export(small_directory(**options), path))
 
 
 def _name(name, options):

@@ -175,7 +175,8 @@ def make_weights(config, n_kv=None, seed=0):
         """Uniform numbers with this standard deviation."""
         width, draw = spread * math.sqrt(12), rng.random
         start = middle - width / 2
-        weights[name] = (shape, array("f", (start + width * draw() for _ in range(math.prod(shape)))))
+        weights[name] = (shape,
+                         array("f", (start + width * draw() for _ in range(math.prod(shape)))))
 
     def linear(name, rows, columns, gain=1.0):
         add(name + ".weight", [rows, columns], gain / math.sqrt(columns))
@@ -190,7 +191,8 @@ def make_weights(config, n_kv=None, seed=0):
         layer = "gpt_neox.layers.%d." % n
         norm(layer + "input_layernorm")
         norm(layer + "post_attention_layernorm")
-        linear(layer + "attention.query_key_value", hidden + 2 * n_kv * (hidden // heads), hidden, 1.5)
+        linear(layer + "attention.query_key_value", hidden + 2 * n_kv * (hidden // heads),
+               hidden, 1.5)
         linear(layer + "attention.dense", hidden, hidden)
         linear(layer + "mlp.dense_h_to_4h", config["intermediate_size"], hidden)
         linear(layer + "mlp.dense_4h_to_h", hidden, config["intermediate_size"])
@@ -278,7 +280,8 @@ def save_model(directory, config, weights, dtype="F32", shards=1, tokenizer=None
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def write_model(directory, seed=0, dtype="F32", shards=1, tokenizer=None, n_kv=None, **config_overrides):
+def write_model(directory, seed=0, dtype="F32", shards=1, tokenizer=None, n_kv=None,
+                **config_overrides):
     """A random model in this directory; returns its config."""
     config = make_config(**config_overrides)
     save_model(directory, config, make_weights(config, n_kv, seed), dtype, shards, tokenizer)

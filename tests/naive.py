@@ -17,7 +17,8 @@ def numbers(dtype, data):
         return struct.unpack("<%de" % (len(data) // 2), data)
     if dtype == "BF16":  # the upper half of an F32
         halves = struct.unpack("<%dH" % (len(data) // 2), data)
-        return struct.unpack("<%df" % len(halves), struct.pack("<%dI" % len(halves), *(h << 16 for h in halves)))
+        return struct.unpack("<%df" % len(halves),
+                             struct.pack("<%dI" % len(halves), *(h << 16 for h in halves)))
     raise ValueError("dtype " + dtype)
 
 
@@ -59,7 +60,8 @@ class Naive:
         self.parallel = config["use_parallel_residual"]
 
     def linear(self, name, x):
-        return add([dot(row, x) for row in self.tensors[name + ".weight"]], self.tensors[name + ".bias"])
+        return add([dot(row, x) for row in self.tensors[name + ".weight"]],
+                   self.tensors[name + ".bias"])
 
     def norm(self, name, x):
         mean = sum(x) / len(x)
@@ -81,9 +83,9 @@ class Naive:
     def split(self, row, position):
         """A row of query_key_value's output -> the heads of Q, of K and of V."""
         blocks = [row[i:i + self.size] for i in range(0, len(row), self.size)]
-        if len(blocks) == 3 * self.heads:    # multi-head: q, k, v of the first head, then of the next
+        if len(blocks) == 3 * self.heads:  # multi-head: q, k, v of the first head, then of the next
             q, k, v = blocks[0::3], blocks[1::3], blocks[2::3]
-        else:                                # grouped: all of Q, all of K, all of V
+        else:                              # grouped: all of Q, all of K, all of V
             n_kv = (len(blocks) - self.heads) // 2
             q, k, v = blocks[:self.heads], blocks[self.heads:-n_kv], blocks[-n_kv:]
         return [self.turn(h, position) for h in q], [self.turn(h, position) for h in k], v
@@ -97,7 +99,8 @@ class Naive:
             joined = []
             for h in range(self.heads):
                 g = h * len(split[0][1]) // self.heads
-                scores = [dot(q[h], k[g]) / math.sqrt(self.size) for _, k, _ in split[:position + 1]]
+                scores = [dot(q[h], k[g]) / math.sqrt(self.size)
+                          for _, k, _ in split[:position + 1]]
                 most = max(scores)
                 shares = [math.exp(s - most) for s in scores]
                 total = sum(shares)
@@ -108,18 +111,21 @@ class Naive:
 
     def mlp(self, name, x):
         inner = self.linear(name + ".dense_h_to_4h", x)
-        return self.linear(name + ".dense_4h_to_h", [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in inner])
+        return self.linear(name + ".dense_4h_to_h",
+                           [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in inner])
 
     def logits(self, tokens):
         """A list of vocabulary numbers for each token."""
         rows = [self.tensors["gpt_neox.embed_in.weight"][t] for t in tokens]
         for n in range(self.layers):
             layer = "gpt_neox.layers.%d." % n
-            looked = self.attention(layer + "attention", [self.norm(layer + "input_layernorm", x) for x in rows])
+            looked = self.attention(layer + "attention",
+                                    [self.norm(layer + "input_layernorm", x) for x in rows])
             middle = [add(x, y) for x, y in zip(rows, looked)]
             # Parallel residual: the MLP reads the same x as attention, not attention's sum.
             read = rows if self.parallel else middle
-            rows = [add(m, self.mlp(layer + "mlp", self.norm(layer + "post_attention_layernorm", x)))
+            rows = [add(m,
+                        self.mlp(layer + "mlp", self.norm(layer + "post_attention_layernorm", x)))
                     for m, x in zip(middle, read)]
         rows = [self.norm("gpt_neox.final_layer_norm", x) for x in rows]
         return [[dot(w, x) for w in self.tensors["embed_out.weight"]] for x in rows]

@@ -3,9 +3,9 @@
 
     tests/run.py [WORD...]
 
-Each module runs in a process of its own, as many at once as this one may use CPUs and two at least; the lines of a
-module come together when it has ended. A word that selects no test is a failure: a sentence that was reworded must not
-leave a selection in silence.
+Each module runs in a process of its own, as many at once as this one may use CPUs and two at least;
+the lines of a module come together when it has ended. A word that selects no test is a failure: a
+sentence that was reworded must not leave a selection in silence.
 """
 import sys
 
@@ -22,8 +22,8 @@ import time
 from harness import ROOT, cache, closing_line, run_tests, selected, tests
 
 # Those that take longest begin first: the last one begun runs alone at the end.
-LONGEST = ["test_speculation", "test_readme", "test_forward", "test_faults", "test_streams", "test_schedule", "test_tokenizer",
-           "test_cli"]
+LONGEST = ["test_speculation", "test_readme", "test_forward", "test_faults", "test_streams",
+           "test_schedule", "test_tokenizer", "test_cli"]
 
 
 def load(module):
@@ -37,17 +37,19 @@ def load(module):
 
 
 def cpus():
-    return max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+               else os.cpu_count() or 1)
 
 
 class Running:
-    """A module's tests in a process that leads a session: so it is ended with all that it started, and a Ctrl-C of
-    the terminal reaches it through this one alone."""
+    """A module's tests in a process that leads a session: so it is ended with all that it started,
+    and a Ctrl-C of the terminal reaches it through this one alone."""
 
     def __init__(self, module, words):
         self.module, self.out = module, tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, __file__, "--module", module, *words], stdin=subprocess.DEVNULL,
-                                        stdout=self.out, stderr=subprocess.STDOUT, start_new_session=True,
+        self.process = subprocess.Popen([sys.executable, __file__, "--module", module, *words],
+                                        stdin=subprocess.DEVNULL, stdout=self.out,
+                                        stderr=subprocess.STDOUT, start_new_session=True,
                                         env=dict(os.environ, KL3M_TEST_CACHE=str(cache())))
 
     def stop(self, number):
@@ -60,13 +62,15 @@ class Running:
         """Shows what the module said and adds up its tests."""
         self.out.seek(0)
         lines = self.out.read()
-        found = re.search(rb"^(\d+) passed, (\d+) failed(?:, (\d+) skipped)?\n\Z", lines, flags=re.M)
+        found = re.search(rb"^(\d+) passed, (\d+) failed(?:, (\d+) skipped)?\n\Z",
+                          lines, flags=re.M)
         if found:
             lines = lines[:found.start()]
             for kind, number in zip(("ok", "FAIL", "skip"), found.groups()):
                 count[kind] += int(number or 0)
         else:
-            lines += b"FAIL %s.py ended with status %d in the middle\n" % (self.module.encode(), self.process.returncode)
+            lines += (b"FAIL %s.py ended with status %d in the middle\n"
+                      % (self.module.encode(), self.process.returncode))
             count["FAIL"] += 1
         sys.stdout.buffer.write(lines)
         sys.stdout.flush()
@@ -76,7 +80,8 @@ def run_modules(waiting, words):
     """Runs modules side by side and returns the exit status."""
     stopped, running, count = [], [], {"ok": 0, "FAIL": 0, "skip": 0}
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:   # nohup stays what it is
+        # SIGHUP ignored, as by nohup, stays so.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: stopped.append(number))
     while (waiting or running) and not stopped:
         while waiting and len(running) < cpus():
@@ -98,13 +103,15 @@ def run_modules(waiting, words):
 
 
 def main(words):
-    # A shell has its background jobs ignore Ctrl-C, and a program keeps to that: those under test must not inherit it.
+    # A shell has its background jobs ignore Ctrl-C, and a program keeps to that: those under test
+    # must not inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if words[:1] == ["--module"]:
         module, words = words[1], words[2:]
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))   # what is temporary is removed
+        # An exception, so that what is temporary is removed.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         load(module)
-        return run_tests([test for test in selected(words) if test[0] == module])
+        return run_tests(selected(words, module))
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         load(path.stem)
     unknown = [word for word in words if not selected([word])]
@@ -116,7 +123,8 @@ def main(words):
     modules = sorted({module for module, _, _ in selected(words)})
     if len(modules) == 1:   # its lines may come as they are made
         return run_tests(selected(words))
-    return run_modules([one for one in LONGEST if one in modules] + [one for one in modules if one not in LONGEST], words)
+    return run_modules([one for one in LONGEST if one in modules]
+                       + [one for one in modules if one not in LONGEST], words)
 
 
 if __name__ == "__main__":

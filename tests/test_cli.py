@@ -38,17 +38,18 @@ def says(text, word):
 def check_error(done, code, *words):
     """It failed with this status, printed no result, and said why in one line with these words."""
     expect((done.code, done.out), (code, b""), done.err)
-    assert done.err.endswith("\n") and done.err.count("\n") == 1 and len(done.err) > 20, repr(done.err)
+    assert done.err.endswith("\n") and done.err.count("\n") == 1 and len(done.err) > 20, (
+        repr(done.err))
     for word in words:
         assert word in done.err, "%r is not in %r" % (word, done.err)
 
 
 # ---- Options ----------------------------------------------------------------------------------
 
-NOT_WHOLE = ["", "abc", "1.5", "1e3", "0x10", "5x", "5 ", "--", "1_000", "1,000", "nan", "inf", "１", "1e400",
-             "99999999999999999999", "-99999999999999999999", "-1"]
-NOT_REAL = ["", "abc", "nan", "-nan", "inf", "-inf", "infinity", "1e400", "-1e400", "0.5x", "1 ", "0,5", "--",
-            "-0.01"]
+NOT_WHOLE = ["", "abc", "1.5", "1e3", "0x10", "5x", "5 ", "--", "1_000", "1,000", "nan", "inf",
+             "１", "1e400", "99999999999999999999", "-99999999999999999999", "-1"]
+NOT_REAL = ["", "abc", "nan", "-nan", "inf", "-inf", "infinity", "1e400", "-1e400", "0.5x", "1 ",
+            "0,5", "--", "-0.01"]
 WHOLE, REAL = "whole number", "number"
 NUMBERS = [  # names, kind, the range's ends, values in range, values out of it
     ("-n --max-new-tokens", WHOLE, ["0"], ["0", "1", "300"], []),
@@ -58,7 +59,8 @@ NUMBERS = [  # names, kind, the range's ends, values in range, values out of it
     ("--min-p", REAL, ["0", "1"], ["0", "0.5", "1", "1.0"], ["1.01", "2"]),
     ("--repetition-penalty", REAL, ["0"], ["1e-3", "0.5", "1", "2"], ["0", "0.0"]),
     ("-r --num-return-sequences", WHOLE, ["1"], ["1", "2"], ["0"]),
-    ("-s --seed", WHOLE, ["0", "9007199254740991"], ["0", "9007199254740991"], ["9007199254740992"]),
+    ("-s --seed", WHOLE, ["0", "9007199254740991"],
+     ["0", "9007199254740991"], ["9007199254740992"]),
     ("-j --threads", WHOLE, ["1"], ["1", "5"], ["0"]),
     ("-b --batch", WHOLE, ["1"], ["1", "5"], ["0"]),
     ("--rows", WHOLE, ["1"], ["1", "5"], ["0"]),
@@ -68,12 +70,14 @@ NUMBERS = [  # names, kind, the range's ends, values in range, values out of it
 def forms(name, value):
     """The ways to write an option with its value."""
     if name.startswith("--"):
-        return [[name, value], [name + "=" + value], [name.replace("-", "_").replace("__", "--", 1), value]]
+        return [[name, value], [name + "=" + value],
+                [name.replace("-", "_").replace("__", "--", 1), value]]
     return [[name, value]] + ([[name + value]] if value else [])
 
 
-@test("a number out of its option's range, or none at all, is status 2 with the option and the range")
-def _():
+@test("a number out of its option's range, or none at all, is status 2 with the option "
+      "and the range")
+def numbers_out_of_range():
     for names, kind, ends, _, out in NUMBERS:
         for value in (NOT_WHOLE if kind == WHOLE else NOT_REAL) + out:
             every = [form for name in names.split() for form in forms(name, value)]
@@ -82,33 +86,37 @@ def _():
             check_error(done, 2)
             assert any(says(done.err, name) for name in names.split()), "%r: %s" % (args, done.err)
             for end in ends:
-                assert says(done.err, end), "%r: the range's %s is not in: %s" % (args, end, done.err)
+                assert says(done.err, end), (
+                    "%r: the range's %s is not in: %s" % (args, end, done.err))
 
 
 @test("a number in its option's range is taken, in every form of the option")
-def _():
+def numbers_in_range():
     for names, _, _, values, _ in NUMBERS:
         for value in values:
             for name in names.split():
                 for args in forms(name, value):
                     assert kl3m("-p", "Q", "-n2", *args, "-q").out.startswith(b"Q"), args
-    for n in (2 ** 31, 2 ** 32, 2 ** 32 + 1, 2 ** 63 - 1):  # refused, or more than there is room for: never a few
+    # Refused, or more than there is room for: never a few.
+    for n in (2 ** 31, 2 ** 32, 2 ** 32 + 1, 2 ** 63 - 1):
         done = run_kl3m("-m", small_model(), "-n", n, "-p", "Q", "--json", "--ignore-eos")
         if done.code != 2:
             expect(json.loads(done.out)["new_tokens"], [127], "-n %d" % n)
 
 
 @test("any other fault of the command line is status 2 with a message that names it")
-def _():
+def faults_of_the_command_line():
     cases = [
-        (["--frobnicate"], "--frobnicate"), (["--frobnicate=3"], "--frobnicate"), (["-z"], "-z"), (["-Z5"], "-Z"),
-        (["--n", "5"], "--n"), (["--JSON"], "--JSON"), (["-N", "5"], "-N"), (["--top-kk", "5"], "--top-kk"),
-        (["--max-new", "3"], "--max-new"), (["--temp", "1"], "--temp"), (["--temp=1"], "--temp"),
-        (["--see=1"], "--see"), (["--ignore"], "--ignore"), (["--no-esc"], "--no-esc"), (["--max_new=3"], "--max"),
-        (["--promp=x"], "--promp"),
+        (["--frobnicate"], "--frobnicate"), (["--frobnicate=3"], "--frobnicate"), (["-z"], "-z"),
+        (["-Z5"], "-Z"), (["--n", "5"], "--n"), (["--JSON"], "--JSON"), (["-N", "5"], "-N"),
+        (["--top-kk", "5"], "--top-kk"), (["--max-new", "3"], "--max-new"),
+        (["--temp", "1"], "--temp"), (["--temp=1"], "--temp"),
+        (["--see=1"], "--see"), (["--ignore"], "--ignore"), (["--no-esc"], "--no-esc"),
+        (["--max_new=3"], "--max"), (["--promp=x"], "--promp"),
         (["--json=1"], "--json"), (["--no-echo=yes"], "--no-echo"), (["--verify="], "--verify"),
-        (["stray"], "stray"), (["--", "stray"], "stray"), (["--", "--json"], "--json"), (["--json", "stray"], "stray"),
-        (["--truncate", "middle"], "--truncate"), (["--truncate="], "--truncate"), (["--truncate=Left"], "--truncate"),
+        (["stray"], "stray"), (["--", "stray"], "stray"), (["--", "--json"], "--json"),
+        (["--json", "stray"], "stray"), (["--truncate", "middle"], "--truncate"),
+        (["--truncate="], "--truncate"), (["--truncate=Left"], "--truncate"),
         (["--truncate=lef"], "--truncate"), (["--stop", ""], "--stop"), (["--stop="], "--stop"),
         (["-n=5"], "-n"), (["-s", "-s"], "-s"),
     ]
@@ -119,84 +127,96 @@ def _():
             assert says(done.err, "left") and says(done.err, "right"), done.err
         if args[0] != "--":
             check_error(run_kl3m(*args, "-p", "Q"), 2, word)
-    for option in "-m --model -p --prompt -f --file -n --max-new-tokens -t --temperature -k --top-k --top-p --min-p " \
-            "--repetition-penalty -r --num-return-sequences -s --seed --stop --truncate -j --threads -b --batch " \
-            "--rows --logits".split():
+    for option in ("-m --model -p --prompt -f --file -n --max-new-tokens -t --temperature -k "
+                   "--top-k --top-p --min-p --repetition-penalty -r --num-return-sequences -s "
+                   "--seed --stop --truncate -j --threads -b --batch --rows --logits").split():
         done = run_kl3m(option)
         check_error(done, 2)
         assert says(done.err, option), "%s without a value: %s" % (option, done.err)
-    for args in (["-p", "a", "-p", "b"], ["-p", "a", "--prompt=a"], ["-pa", "-f", "x"], ["-f", "x", "-f", "x"],
-                 ["--file=x", "--prompt", "a"], ["-p", "", "-p", ""], ["-f", "-", "-p", ""]):
+    for args in (["-p", "a", "-p", "b"], ["-p", "a", "--prompt=a"], ["-pa", "-f", "x"],
+                 ["-f", "x", "-f", "x"], ["--file=x", "--prompt", "a"], ["-p", "", "-p", ""],
+                 ["-f", "-", "-p", ""]):
         done = run_kl3m(*args)
         check_error(done, 2)
-        assert says(done.err, "-p") or says(done.err, "-f") or "--prompt" in done.err or "--file" in done.err, done.err
+        assert (says(done.err, "-p") or says(done.err, "-f") or "--prompt" in done.err
+                or "--file" in done.err), done.err
 
 
 @test("--opt=value, -n32, underscores, values that begin with a hyphen and repeated options work")
-def _():
+def forms_of_options():
     greedy = ["-p", "Q", "-t0", "--ignore-eos"]
     five = kl3m(*greedy, "-n", "5").out
-    for args in (["-n5"], ["--max-new-tokens", "5"], ["--max-new-tokens=5"], ["--max_new_tokens=5"], ["-n05"],
-                 ["--max_new-tokens", "5"], ["-n", "9", "-n", "5"], ["--max-new-tokens=9", "-n5"], ["-n5", "--"],
-                 ["-n5", "-t9", "-t0"], ["-n5", "-m", "nowhere.bin", "-m", model()],
+    for args in (["-n5"], ["--max-new-tokens", "5"], ["--max-new-tokens=5"], ["--max_new_tokens=5"],
+                 ["-n05"], ["--max_new-tokens", "5"], ["-n", "9", "-n", "5"],
+                 ["--max-new-tokens=9", "-n5"], ["-n5", "--"], ["-n5", "-t9", "-t0"],
+                 ["-n5", "-m", "nowhere.bin", "-m", model()],
                  ["-n5", "--no_special", "--ignore_eos", "--no-special", "--rows=9", "--rows=8"]):
         expect(kl3m(*greedy, *args).out, five, args)
-    for args, prompt in [(["-p", "-n"], "-n"), (["-p--help"], "--help"), (["--prompt=--json"], "--json"),
-                         (["--prompt", "-q"], "-q"), (["-p", "--"], "--"), (["--prompt=a=b"], "a=b"), (["-p=x"], "=x"),
-                         (["--prompt=a_b-c"], "a_b-c"), (["--prompt="], ""), (["-p", ""], ""), (["-p", "-"], "-"),
-                         (["--prompt", "--max_new_tokens=9"], "--max_new_tokens=9"), (["-p", "-p", "--"], "-p")]:
+    for args, prompt in [(["-p", "-n"], "-n"), (["-p--help"], "--help"),
+                         (["--prompt=--json"], "--json"), (["--prompt", "-q"], "-q"),
+                         (["-p", "--"], "--"), (["--prompt=a=b"], "a=b"), (["-p=x"], "=x"),
+                         (["--prompt=a_b-c"], "a_b-c"), (["--prompt="], ""), (["-p", ""], ""),
+                         (["-p", "-"], "-"),
+                         (["--prompt", "--max_new_tokens=9"], "--max_new_tokens=9"),
+                         (["-p", "-p", "--"], "-p")]:
         expect(kl3m("-n0", *args).out.decode(), prompt + "\n", args)
 
 
 @test("--help and --version go to standard output, fit 80 columns and need no model")
-def _():
+def help_and_version():
     for name in ("-h", "--help"):
         done = run_kl3m(name, env={"KL3M_MODEL": "/nowhere"})
         expect((done.code, done.err), (0, ""))
         for line in done.text.split("\n"):
             assert len(line) <= 80 and line == line.rstrip() and "\t" not in line, repr(line)
-        for option in "-m --model -p --prompt --no-escape -f --file -0 --null -n --max-new-tokens -t --temperature " \
-                "-k --top-k --top-p --min-p --repetition-penalty -r --num-return-sequences -s --seed --stop " \
-                "--ignore-eos --no-echo --truncate --no-special --json -j --threads -b --batch --rows " \
-                "--tokenize --detokenize --logits --info --verify -q -v -h --help --version".split():
+        for option in ("-m --model -p --prompt --no-escape -f --file -0 --null -n --max-new-tokens "
+                       "-t --temperature -k --top-k --top-p --min-p --repetition-penalty -r "
+                       "--num-return-sequences -s --seed --stop --ignore-eos --no-echo --truncate "
+                       "--no-special --json -j --threads -b --batch --rows --tokenize "
+                       "--detokenize --logits --info --verify -q -v -h --help --version").split():
             assert says(done.text, option), "no %s in --help" % option
         for default in ("128", "0.3", "50", "9007199254740991"):
-            assert says(done.text, default) or default == "9007199254740991" and "2^53" in done.text, default
+            assert (says(done.text, default) or default == "9007199254740991"
+                    and "2^53" in done.text), default
     done = run_kl3m("--version")
     expect((done.code, done.err, done.text.count("\n")), (0, "", 1))
     assert "kl3m" in done.text and re.search(r"\d", done.text), done.text
 
 
 @test("without a prompt, a terminal on standard input gets a line of usage and status 2")
-def _():
+def usage_on_a_terminal():
     ours, theirs = pty.openpty()
-    done = subprocess.run([str(KL3M), "-m", str(model())], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          timeout=20)
+    done = subprocess.run([str(KL3M), "-m", str(model())], stdin=theirs, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=20)
     os.close(ours)
     os.close(theirs)
     expect((done.returncode, done.stdout), (2, b""))
-    assert re.search(rb"(?i)usage.*kl3m", done.stderr) and done.stderr.count(b"\n") == 1, done.stderr
+    assert (re.search(rb"(?i)usage.*kl3m", done.stderr)
+            and done.stderr.count(b"\n") == 1), done.stderr
 
 
 # ---- Prompts in -------------------------------------------------------------------------------
 
 ESCAPES = [  # as written, what it stands for
-    (rb"\n\t\r\\\"\0", b"\n\t\r\\\"\0"), (rb"\x41\x7e\x7E\x0a", b"A~~\n"), (rb"\u0041\u00e9\u20AC", "Aé€".encode()),
-    (rb"\xc3\xa9\xff\x00", b"\xc3\xa9\xff\0"), (rb"\ud83d\ude00\uD83D\uDE00", "😀😀".encode()), (rb"\u0000", b"\0"),
-    (rb"\00", b"\x000"), (rb"\\n", rb"\n"), (rb"\\\n", b"\\\n"), (rb"\\\\", rb"\\"), (rb"C:\Users", rb"C:\Users"),
-    (b"\\", b"\\"), (rb"\q\X41\N\'\1\ ", rb"\q\X41\N\'\1" + b"\\ "), (rb"\x", rb"\x"), (rb"\x4", rb"\x4"),
-    (rb"\xg1\x1g", rb"\xg1\x1g"), (rb"\u", rb"\u"), (rb"\u12", rb"\u12"), (rb"\u12g4", rb"\u12g4"),
-    (rb"\ud83d", rb"\ud83d"), (rb"\ude00", rb"\ude00"), (rb"\ud83dx", rb"\ud83dx"), (rb"\ud83d\n", b"\\ud83d\n"),
-    (rb"\ud83d\u0041", rb"\ud83dA"), (rb"\ud83d\ud83d\ude00", r"\ud83d😀".encode()),
-    (rb"\ude00\ud83d", rb"\ude00\ud83d"),
+    (rb"\n\t\r\\\"\0", b"\n\t\r\\\"\0"), (rb"\x41\x7e\x7E\x0a", b"A~~\n"),
+    (rb"\u0041\u00e9\u20AC", "Aé€".encode()), (rb"\xc3\xa9\xff\x00", b"\xc3\xa9\xff\0"),
+    (rb"\ud83d\ude00\uD83D\uDE00", "😀😀".encode()), (rb"\u0000", b"\0"), (rb"\00", b"\x000"),
+    (rb"\\n", rb"\n"), (rb"\\\n", b"\\\n"), (rb"\\\\", rb"\\"), (rb"C:\Users", rb"C:\Users"),
+    (b"\\", b"\\"), (rb"\q\X41\N\'\1\ ", rb"\q\X41\N\'\1" + b"\\ "), (rb"\x", rb"\x"),
+    (rb"\x4", rb"\x4"), (rb"\xg1\x1g", rb"\xg1\x1g"), (rb"\u", rb"\u"), (rb"\u12", rb"\u12"),
+    (rb"\u12g4", rb"\u12g4"), (rb"\ud83d", rb"\ud83d"), (rb"\ude00", rb"\ude00"),
+    (rb"\ud83dx", rb"\ud83dx"), (rb"\ud83d\n", b"\\ud83d\n"), (rb"\ud83d\u0041", rb"\ud83dA"),
+    (rb"\ud83d\ud83d\ude00", r"\ud83d😀".encode()), (rb"\ude00\ud83d", rb"\ude00\ud83d"),
 ]
 
 
-@test("escapes in prompts are decoded, bad ones and those after --no-escape stay, and files are taken as they are")
-def _():
+@test("escapes in prompts are decoded, bad ones and those after --no-escape stay, and files are "
+      "taken as they are")
+def escapes_in_prompts():
     written = b"\n".join(a for a, _ in ESCAPES)
     expect(kl3m("-n0", input=written).out.split(b"\n"), [escape(b) for _, b in ESCAPES] + [b""])
-    expect(kl3m("-n0", "--no-escape", input=written).out.split(b"\n"), [escape(a) for a, _ in ESCAPES] + [b""])
+    expect(kl3m("-n0", "--no-escape", input=written).out.split(b"\n"),
+           [escape(a) for a, _ in ESCAPES] + [b""])
     path = tmpdir() / "prompt"
     for a, b in ESCAPES:
         expect(kl3m("-n0", "-p", a).out, b + b"\n", a)
@@ -207,37 +227,45 @@ def _():
         expect(kl3m("-n0", "-f", "-", input=text).out, text + b"\n")
         expect(kl3m("-n0", "-f", path, "-r2").out, (escape(text) + b"\n") * 2)
         if b"\0" not in text:
-            expect(kl3m("-n0", "-0", input=text + b"\0" + text + b"\0").out, text + b"\0" + text + b"\0")
+            expect(kl3m("-n0", "-0", input=text + b"\0" + text + b"\0").out,
+                   text + b"\0" + text + b"\0")
 
 
-@test("a newline or its return and newline ends a line, the last may lack it, and any other byte is kept")
-def _():
-    for given, texts in [(b"", []), (b"\n", [b""]), (b"\n\na", [b"", b"", b"a"]), (b"a\r\nb\n", [b"a", b"b"]),
-                         (b"a\rb\r\r\n\r\n", [b"a\\rb\\r", b""]), (b"a\0b\n\0", [b"a\\0b", b"\\0"]),
-                         (b"\xff\xfe\n\xe2\x82", [b"\xff\xfe", b"\xe2\x82"]), (b" a  \n\ta\n", [b" a  ", b"\\ta"]),
-                         ("a\ufeff\u2028b\x0b\x0c\x85\n".encode(), ["a\ufeff\u2028b\x0b\x0c\x85".encode()])]:
+@test("a newline or its return and newline ends a line, the last may lack it, and any other "
+      "byte is kept")
+def ends_of_lines():
+    for given, texts in [(b"", []), (b"\n", [b""]), (b"\n\na", [b"", b"", b"a"]),
+                         (b"a\r\nb\n", [b"a", b"b"]), (b"a\rb\r\r\n\r\n", [b"a\\rb\\r", b""]),
+                         (b"a\0b\n\0", [b"a\\0b", b"\\0"]),
+                         (b"\xff\xfe\n\xe2\x82", [b"\xff\xfe", b"\xe2\x82"]),
+                         (b" a  \n\ta\n", [b" a  ", b"\\ta"]),
+                         ("a\ufeff\u2028b\x0b\x0c\x85\n".encode(),
+                          ["a\ufeff\u2028b\x0b\x0c\x85".encode()])]:
         expect(kl3m("-n0", input=given).out, b"".join(text + b"\n" for text in texts), given)
 
 
 @test("a line of a megabyte among others is refused and its place is kept")
-def _():
+def megabyte_line():
     for length in (10 ** 6, 2 ** 20):
         given = b"Q\n" + b"Q" * length + b"\nQ\n"
         done = kl3m("-n0", input=given, code=3)
         expect(done.out, b"Q\n\nQ\n")
-        assert says(done.err, "line 2") and says(done.err, str(length)) and says(done.err, str(CONTEXT)), done.err
+        assert (says(done.err, "line 2") and says(done.err, str(length))
+                and says(done.err, str(CONTEXT))), done.err
         expect(done.err.count("\n"), 1)
-        got = [json.loads(line) for line in kl3m("-n0", "--json", input=given, code=3).out.split(b"\n")[:-1]]
+        got = [json.loads(line)
+               for line in kl3m("-n0", "--json", input=given, code=3).out.split(b"\n")[:-1]]
         expect([sorted(o) == ["error", "prompt"] for o in got], [False, True, False])
         expect(len(got[1]["prompt"]), length)
 
 
 @test("what cannot be read is status 1 with its name: a prompt file, a directory, standard input")
-def _():
+def unreadable_sources():
     for args in (["-f", "/nowhere/prompt"], ["-f", tmpdir()]):
         check_error(run_kl3m("-m", model(), *args), 1, str(args[1]))
     place = os.open("/", os.O_RDONLY)
-    done = subprocess.run([str(KL3M), "-m", str(model())], stdin=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run([str(KL3M), "-m", str(model())], stdin=place, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
     os.close(place)
     expect((done.returncode, done.stdout), (1, b""))
     expect(done.stderr.count(b"\n"), 1, done.stderr)
@@ -246,22 +274,23 @@ def _():
 # ---- Standard output and standard error -------------------------------------------------------
 
 @test("-v adds to standard error alone, -q leaves only errors there")
-def _():
+def verbose_and_quiet():
     for args in (["-p", "Q"], ["-p", "Q", "--json"], ["-p", "Q", "-r2"], ["--tokenize", "-p", "Q"]):
         plain = kl3m("-s7", *args)
         loud, quiet = kl3m("-s7", "-v", *args), kl3m("-s7", "-q", *args)
         expect((loud.out, quiet.out, quiet.err), (plain.out, plain.out, ""), args)
     loud = kl3m("-s7", "-v", "-p", "Q")
-    assert re.search(r"seed\D*7\b", loud.err) and re.search(r"\d", loud.err.replace("7", "")), loud.err
+    assert (re.search(r"seed\D*7\b", loud.err)
+            and re.search(r"\d", loud.err.replace("7", ""))), loud.err
     assert says(kl3m("-q", "-n0", input=b"Q" * 5000 + b"\n", code=3).err, "line 1")
     check_error(run_kl3m("-q", "-m", "/nowhere.bin", "-p", "Q"), 1, "/nowhere.bin")
 
 
 @test("on a terminal control characters in lines are shown as escapes")
-def _():
+def control_characters_on_a_terminal():
     ours, theirs = pty.openpty()
-    subprocess.run([str(KL3M), "-m", str(model()), "-n0"], input=b"a\x1b[2Jb\x07\x7f\xc3\xa9\nc\n", stdout=theirs,
-                   timeout=20)
+    subprocess.run([str(KL3M), "-m", str(model()), "-n0"], input=b"a\x1b[2Jb\x07\x7f\xc3\xa9\nc\n",
+                   stdout=theirs, timeout=20)
     os.close(theirs)
     got = b""
     try:
@@ -269,20 +298,23 @@ def _():
             got += os.read(ours, 1000)
     finally:
         os.close(ours)
-    assert re.fullmatch(rb"a\\(x|u00)1[bB]\[2Jb\\(x|u00)07\\(x|u00)7[fF]\xc3\xa9\r\nc\r\n", got), got
+    assert re.fullmatch(rb"a\\(x|u00)1[bB]\[2Jb\\(x|u00)07\\(x|u00)7[fF]\xc3\xa9\r\nc\r\n",
+                        got), got
     expect(kl3m("-n0", input=b"a\x1b\x07\n").out, b"a\x1b\x07\n", "elsewhere they stay")
 
 
 @test("a reader that closes the pipe ends the program quietly, as SIGPIPE does")
-def _():
+def closed_pipe():
     lines = b"Q\n" * 2000
-    for args in (["-n0"], ["-n0", "--json"], ["-n0", "-v"], ["-n20", "--ignore-eos"], ["--tokenize"], ["-p", "Q"],
-                 ["--help"], ["--info"]):
-        for restore in (True, False):  # SIGPIPE as it is by default, or ignored as under some parents
+    for args in (["-n0"], ["-n0", "--json"], ["-n0", "-v"], ["-n20", "--ignore-eos"],
+                 ["--tokenize"], ["-p", "Q"], ["--help"], ["--info"]):
+        # SIGPIPE as it is by default, or ignored as under some parents.
+        for restore in (True, False):
             reader, writer = os.pipe()
             os.close(reader)
-            done = subprocess.run([str(KL3M), "-m", str(model()), *args], input=lines, stdout=writer,
-                                  stderr=subprocess.PIPE, restore_signals=restore, timeout=30)
+            done = subprocess.run([str(KL3M), "-m", str(model()), *args],
+                                  input=lines, stdout=writer, stderr=subprocess.PIPE,
+                                  restore_signals=restore, timeout=30)
             os.close(writer)
             assert done.returncode in (-signal.SIGPIPE, 141), (args, done.returncode, done.stderr)
             if "-v" not in args:
@@ -294,22 +326,26 @@ def _():
 
 
 @test("a full disk is status 1 with a message, and leaves nothing half-written")
-def _():
+def full_disk():
     if not os.path.exists("/dev/full"):
         raise Skip("this system has no /dev/full")
-    for args in (["-p", "Q"], ["-n0"], ["-n0", "-0"], ["--json", "-p", "Q"], ["--tokenize", "-p", "Q"],
-                 ["--detokenize"], ["--help"], ["--version"], ["--info"]):
+    for args in (["-p", "Q"], ["-n0"], ["-n0", "-0"], ["--json", "-p", "Q"],
+                 ["--tokenize", "-p", "Q"], ["--detokenize"], ["--help"], ["--version"],
+                 ["--info"]):
         with open("/dev/full", "wb") as full:
-            done = subprocess.run([str(KL3M), "-m", str(model()), *args], input=b"300\n", stdout=full,
-                                  stderr=subprocess.PIPE, timeout=30)
+            done = subprocess.run([str(KL3M), "-m", str(model()), *args], input=b"300\n",
+                                  stdout=full, stderr=subprocess.PIPE, timeout=30)
         expect(done.returncode, 1, args)
         expect(done.stderr.count(b"\n"), 1, args)
-    for place, limit in (("/nowhere/logits", None), (str(tmpdir()), None), (str(tmpdir() / "logits"), 1000)):
+    for place, limit in (("/nowhere/logits", None), (str(tmpdir()), None),
+                         (str(tmpdir() / "logits"), 1000)):
         def small_files():
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing past the limit is an error
+            # So that writing past the limit is an error.
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        done = subprocess.run([str(KL3M), "-m", str(model()), "-p", "QQ", "--logits", place], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, preexec_fn=small_files if limit else None, timeout=30)
+        done = subprocess.run([str(KL3M), "-m", str(model()), "-p", "QQ", "--logits", place],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              preexec_fn=small_files if limit else None, timeout=30)
         expect((done.returncode, done.stdout), (1, b""), place)
         assert place.encode() in done.stderr and done.stderr.count(b"\n") == 1, done.stderr
         if limit:
@@ -323,8 +359,8 @@ def _():
 
 def start(*args, input=None):
     """The program at work; its standard input holds `input`, or stays open and empty."""
-    child = subprocess.Popen([str(KL3M), "-m", str(model()), *map(str, args)], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen([str(KL3M), "-m", str(model()), *map(str, args)],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if input is not None:
         child.stdin.write(input)
         child.stdin.close()
@@ -339,7 +375,7 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @test("Ctrl-C ends with 130 and SIGTERM with 143, after what is finished was printed whole")
-def _():
+def interrupted():
     args = ["-n", 1500, "--ignore-eos", "-s", 5, "-t1"]
     first = kl3m(*args, input=b"Q\n").out
     for number, status in STATUS.items():
@@ -363,7 +399,7 @@ def _():
 
 
 @test("a second Ctrl-C ends the program at once")
-def _():
+def second_interrupt():
     for number, status in STATUS.items():
         child = start("-n", CONTEXT, "--ignore-eos", "-r", 100000, "-p", "Q", input=b"")
         begun = time.monotonic()
@@ -409,19 +445,22 @@ class File:
         done = run_kl3m("-m", path, *(args or ["-p", "This Agreement", "-n3", "-t0"]), timeout=20)
         path.unlink()
         if done.code == 1:
-            assert "spoilt.bin" in done.err and done.err.count("\n") == 1 and done.err.endswith("\n"), done.err
+            assert ("spoilt.bin" in done.err and done.err.count("\n") == 1
+                    and done.err.endswith("\n")), done.err
         return done
 
 
-@test("a model that is missing, not a file, cut short or something else is status 1 with one line that says so")
-def _():
-    for path in ("/nowhere/model.bin", str(tmpdir()), "/dev/null", small_directory() / "model.safetensors",
-                 small_directory() / "tokenizer.json"):
+@test("a model that is missing, not a file, cut short or something else is status 1 with one line "
+      "that says so")
+def not_a_model():
+    for path in ("/nowhere/model.bin", str(tmpdir()), "/dev/null",
+                 small_directory() / "model.safetensors", small_directory() / "tokenizer.json"):
         check_error(run_kl3m("-m", path, "-p", "Q"), 1, str(path))
     whole = File()
     size, draw = len(whole.data), random.Random(1)
     ends = {0, 1, 7, 8, 9, 12, 16, 24, 28, 63, 64, 65, 160, 1000, size - 1, size - 64, size // 2,
-            *(offset for _, offset, _ in whole.sections.values()), *(draw.randrange(size) for _ in range(20))}
+            *(offset for _, offset, _ in whole.sections.values()),
+            *(draw.randrange(size) for _ in range(20))}
     for end in ends:
         cut = File()
         del cut.data[end:]
@@ -438,8 +477,9 @@ def _():
             check_error(file.run(), 1, "version", "export")
 
 
-@test("a model file with any byte of its header or directory changed is refused, or gives what it gave")
-def _():
+@test("a model file with any byte of its header or directory changed is refused, or gives "
+      "what it gave")
+def changed_header():
     draw, want = random.Random(2), File().run().out
     end = TABLE + ENTRY * File().count
     for at in [*range(64), *(draw.randrange(64, end) for _ in range(60))]:
@@ -451,16 +491,19 @@ def _():
             expect(done.code, 1, "byte %d" % at)
 
 
-@test("a model file whose checksums are right and whose numbers are wrong is refused and never crashes the program")
-def _():
+@test("a model file whose checksums are right and whose numbers are wrong is refused and never "
+      "crashes the program")
+def wrong_numbers_right_checksums():
     draw = random.Random(3)
     huge = [0, 1, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1]
     some = list(File().sections)[:6]
-    cases = [("I", 12, n) for n in huge] + [("Q", 16, n) for n in huge + [2 ** 63, 2 ** 64 - 1, 2 ** 64 - 64]]
+    cases = ([("I", 12, n) for n in huge]
+             + [("Q", 16, n) for n in huge + [2 ** 63, 2 ** 64 - 1, 2 ** 64 - 64]])
     for name in some:
         at = File().sections[name][0]
         cases += [("I", at + field, n) for field in (56, 80, 84, 88) for n in huge + [2, 3, 9]]
-        cases += [("Q", at + field, n) for field in (64, 72) for n in huge + [64, 2 ** 63, 2 ** 64 - 64, 2 ** 64 - 1]]
+        cases += [("Q", at + field, n) for field in (64, 72)
+                  for n in huge + [64, 2 ** 63, 2 ** 64 - 64, 2 ** 64 - 1]]
         cases += [("B", at, 0), ("B", at, ord("X")), ("B", at + 55, ord("X"))]
     for form, place, n in cases:
         assert File().put(form, place, n).sign().run().code in (0, 1), (form, place, n)
@@ -471,18 +514,21 @@ def _():
 
     config = File().sections["config"][1]
     for field in range(12):
-        for n in (0, 1, 3, 47, 100000) + ((2 ** 31, 2 ** 32 - 1) if field != 8 else ()):  # 8: the context
+        # Field 8 is the context.
+        for n in (0, 1, 3, 47, 100000) + ((2 ** 31, 2 ** 32 - 1) if field != 8 else ()):
             code = File().put("I", config + 4 * field, n).sign("config").run().code
-            assert code in (0, 1) or code == 3 and field == 8, (field, n)  # a small context has no room
+            # A small context has no room.
+            assert code in (0, 1) or code == 3 and field == 8, (field, n)
     for field in (0, 1, 2, 3, 4, 6, 7):  # these decide the shapes of tensors
-        expect(File().put("I", config + 4 * field, 0).sign("config").run().code, 1, "field %d" % field)
+        expect(File().put("I", config + 4 * field, 0).sign("config").run().code, 1,
+               "field %d" % field)
     for at in (48, 56):
         for x in (0.0, -1.0, float("inf"), float("nan")):
             assert File().put("d", config + at, x).sign("config").run().code in (0, 1), (at, x)
 
 
 @test("a model file with a spoilt tokenizer never crashes the program")
-def _():
+def spoilt_tokenizer():
     draw, place = random.Random(4), File().sections["tokenizer"]
     for n in range(80):
         at = place[1] + draw.randrange(64 if n < 30 else place[2])
@@ -491,11 +537,12 @@ def _():
             assert file.run(*args).code in (0, 1, 3), (at, args)
     for field in range(7):
         for n in (0, 1, 3, 2 ** 31, 2 ** 32 - 1):
-            assert File().put("I", place[1] + 8 + 4 * field, n).sign("tokenizer").run().code in (0, 1, 3), (field, n)
+            assert File().put("I", place[1] + 8 + 4 * field,
+                              n).sign("tokenizer").run().code in (0, 1, 3), (field, n)
 
 
 @test("--verify finds one changed bit anywhere in the file and names the section")
-def _():
+def verify_finds_one_bit():
     expect(File().run("--verify").code, 0)
     draw, sections = random.Random(5), File().sections
     for name, (_, offset, size) in sections.items():
@@ -508,19 +555,20 @@ def _():
 
 
 @test("--info shows what the model file says about itself, and its shape")
-def _():
+def info_shows_the_file():
     _, offset, size = File().sections["about"]
     done = run_kl3m("-m", small_model(), "--info")
     expect((done.code, done.err), (0, ""))
     for line in File().data[offset:offset + size].decode().splitlines():
         key, value = line.split("\t")
         assert value in done.text, "%s: %r is not in --info" % (key, value)
-    for number in (48, 2, 4, 80, 520, 128):  # hidden, layers, heads, intermediate, vocabulary, context
+    # Hidden, layers, heads, intermediate, vocabulary, context.
+    for number in (48, 2, 4, 80, 520, 128):
         assert says(done.text, str(number)), "no %d in %s" % (number, done.text)
 
 
 @test("the model is -m's, else KL3M_MODEL's, else the first of the places where it is looked for")
-def _():
+def where_the_model_is_looked_for():
     home, good = tmpdir(), small_model()
     program = home / "bin" / "kl3m"
     places = [home / "here", home / "data" / "kl3m", home / "bin", home / "share" / "kl3m"]
@@ -560,8 +608,9 @@ def _():
 
 
 @test("no core is kept busy while the program waits for a prompt")
-def _():
-    child = subprocess.Popen([str(KL3M), "-m", str(model()), "-n2", "-j", "4"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def idle_while_waiting():
+    child = subprocess.Popen([str(KL3M), "-m", str(model()), "-n2", "-j", "4"],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child.stdin.write(b"Q\n")
     child.stdin.flush()
     child.stdout.readline()   # answered at once, though the input has not ended
@@ -573,7 +622,7 @@ def _():
 
 
 @test("the lines of -r come out as they are finished, and Ctrl-C loses none of them")
-def _():
+def continuations_come_as_they_finish():
     child = start("-r", 100000, "-n", 20, "--ignore-eos", "-s", 1, "-p", "Q")
     first = child.stdout.readline()
     child.send_signal(signal.SIGINT)

@@ -59,8 +59,9 @@ class ModelFile:
             self.sections[name] = kind, rows, cols, layout, data[offset:end]
         expect(end, len(data), "the file's end")
         self.config = dict(zip(
-            "hidden layers heads kv_heads head_size rotary_dims intermediate vocab context parallel_residual "
-            "zero1 zero2 rotary_base eps".split(), struct.unpack("<12I2d", self.text("config"))))
+            "hidden layers heads kv_heads head_size rotary_dims intermediate vocab context "
+            "parallel_residual zero1 zero2 rotary_base eps".split(),
+            struct.unpack("<12I2d", self.text("config"))))
         self.about = dict(line.split("\t") for line in self.text("about").decode().splitlines())
 
     def text(self, name):
@@ -82,7 +83,8 @@ class ModelFile:
             expect(list(bits[cols:]), [0] * (len(bits) - cols), name + ": padding")
             return [cols], list(bits[:cols])
         expect((layout, len(bits)), (1, padded * cols), name)
-        every = [bits[(r // 16 * cols + c) * 16 + r % 16] for r in range(padded) for c in range(cols)]
+        every = [bits[(r // 16 * cols + c) * 16 + r % 16] for r in range(padded)
+                 for c in range(cols)]
         expect(every[rows * cols:], [0] * ((padded - rows) * cols), name + ": padding")
         return [rows, cols], every[:rows * cols]
 
@@ -156,7 +158,8 @@ class Source:
     def write(self, directory):
         header, data = {}, b""
         for name, (dtype, shape, raw) in self.tensors.items():
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+            header[name] = {"dtype": dtype, "shape": shape,
+                            "data_offsets": [len(data), len(data) + len(raw)]}
             data += raw
         self.change_header(header)
         text = json.dumps(header).encode()
@@ -207,7 +210,8 @@ def check_refused(change, words):
     code, err = run_inside(top / "model", "-o", top / "out" / "model.bin")
     shutil.rmtree(top / "model")
     assert code == 1, "status %s: %s" % (code, err)
-    assert err.startswith("export_weights.py: error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert (err.startswith("export_weights.py: error: ") and err.count("\n") == 1
+            and err.endswith("\n")), err
     for word in words:
         assert word in err, "no %r in %r" % (word, err)
     expect(os.listdir(top / "out"), [], "left behind")
@@ -270,7 +274,8 @@ def tensor(name, dtype="F32", shape=None, data=None):
             count = 1
             for n in new_shape:
                 count *= n
-            raw = bytes(count * {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "BOOL": 1}[dtype])
+            raw = bytes(count * {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2,
+                                 "BOOL": 1}[dtype])
         source.tensors[name] = dtype, new_shape, raw
     return change
 
@@ -291,7 +296,7 @@ def raw(name, change):
 # ---- Form -------------------------------------------------------------------------------------
 
 @test("the exporter's lines have at most 100 columns, its functions at most 60 lines")
-def _():
+def house_rules():
     text = (ROOT / "export_weights.py").read_text(encoding="utf-8")
     expect([line for line in text.split("\n") if len(line) > 100], [])
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(ast.parse(text))
@@ -326,13 +331,16 @@ def in_file_order(config, n_kv, name, shape, bits):
     return out
 
 
-@test("every number of the source is in the file: F32, F16, BF16, shards, all layouts of keys, odd sizes")
-def _():
-    odd = dict(hidden_size=70, num_attention_heads=7, intermediate_size=33, vocab_size=301, rotary_pct=0.4)
+@test("every number of the source is in the file: F32, F16, BF16, shards, all layouts of "
+      "keys, odd sizes")
+def every_number_arrives():
+    odd = dict(hidden_size=70, num_attention_heads=7, intermediate_size=33, vocab_size=301,
+               rotary_pct=0.4)
     cases = [
-        dict(), dict(n_kv=2), dict(n_kv=1), dict(dtype="F16"), dict(dtype="BF16"), dict(dtype="BF16", n_kv=2),
-        dict(shards=3), dict(shards=2, dtype="F16", n_kv=1), dict(odd), dict(odd, n_kv=1, dtype="BF16"),
-        dict(num_attention_heads=1, rotary_pct=0.0, num_hidden_layers=1, use_parallel_residual=False),
+        dict(), dict(n_kv=2), dict(n_kv=1), dict(dtype="F16"), dict(dtype="BF16"),
+        dict(dtype="BF16", n_kv=2), dict(shards=3), dict(shards=2, dtype="F16", n_kv=1), dict(odd),
+        dict(odd, n_kv=1, dtype="BF16"), dict(num_attention_heads=1, rotary_pct=0.0,
+                                              num_hidden_layers=1, use_parallel_residual=False),
         dict(num_attention_heads=48, rotary_pct=0.0, hidden_size=48, n_kv=16),
     ]
     for options in cases:
@@ -341,25 +349,29 @@ def _():
         code, err = run_inside(directory, "-o", directory / "out.bin")
         assert code == 0, (options, err)
         file = ModelFile(directory / "out.bin")
-        hidden, heads, dtype = settings["hidden_size"], settings["num_attention_heads"], options.get("dtype", "F32")
+        hidden, heads, dtype = (settings["hidden_size"], settings["num_attention_heads"],
+                                options.get("dtype", "F32"))
         n_kv = options.get("n_kv", heads)
         expect(file.config, {
-            "hidden": hidden, "layers": settings["num_hidden_layers"], "heads": heads, "kv_heads": n_kv,
-            "head_size": hidden // heads, "rotary_dims": int(hidden // heads * settings["rotary_pct"]),
-            "intermediate": settings["intermediate_size"], "vocab": settings["vocab_size"], "context": 128,
-            "parallel_residual": int(settings["use_parallel_residual"]), "zero1": 0, "zero2": 0,
-            "rotary_base": 10000.0, "eps": 1e-5}, str(options))
+            "hidden": hidden, "layers": settings["num_hidden_layers"], "heads": heads,
+            "kv_heads": n_kv, "head_size": hidden // heads,
+            "rotary_dims": int(hidden // heads * settings["rotary_pct"]),
+            "intermediate": settings["intermediate_size"], "vocab": settings["vocab_size"],
+            "context": 128, "parallel_residual": int(settings["use_parallel_residual"]), "zero1": 0,
+            "zero2": 0, "rotary_base": 10000.0, "eps": 1e-5}, str(options))
         weights = models.make_weights(settings, options.get("n_kv"))
-        names = ["config", "about", "tokenizer"] + [name.replace("gpt_neox.", "") for name in weights]
+        names = (["config", "about", "tokenizer"]
+                 + [name.replace("gpt_neox.", "") for name in weights])
         expect(list(file.sections), names, "sections and their order")
         for name, (shape, values) in weights.items():
             bits = widened(dtype, models.to_bytes(values, dtype))
             want = in_file_order(settings, n_kv, name, shape, bits)
-            expect(file.numbers(name.replace("gpt_neox.", "")), (shape, want), "%s of %s" % (name, options))
+            expect(file.numbers(name.replace("gpt_neox.", "")), (shape, want),
+                   "%s of %s" % (name, options))
 
 
 @test("every finite F16 and BF16 becomes the same number in fp32, subnormal ones and -0 too")
-def _():
+def every_half_precision_number():
     for dtype, infinity in (("F16", 0x7C00), ("BF16", 0x7F80)):
         finite = [half for half in range(65536) if half & infinity != infinity]
         finite += [0] * (-len(finite) % 48)
@@ -383,16 +395,19 @@ def saved_by_transformers_5(source):
     for name in ("torch_dtype", "rotary_emb_base", "rope_scaling"):
         del old[name]
     old.update(dtype="float32", rope_parameters={
-        "partial_rotary_factor": old.pop("rotary_pct"), "rope_theta": 10000, "rope_type": "default"})
+        "partial_rotary_factor": old.pop("rotary_pct"), "rope_theta": 10000,
+        "rope_type": "default"})
 
 
 def template(*pieces):
     return {"type": "TemplateProcessing", "single": list(pieces), "special_tokens": {},
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]}
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                     {"Sequence": {"id": "B", "type_id": 1}}]}
 
 
 SEQUENCE_A = {"Sequence": {"id": "A", "type_id": 0}}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False,
+              "use_regex": True}
 
 
 def pairs(source):
@@ -414,11 +429,12 @@ def metadata(source):
 
 
 def two_spellings(source):
-    source.config.update(partial_rotary_factor=0.5, rope_theta=10000.0, rope_scaling={"type": "default"})
+    source.config.update(partial_rotary_factor=0.5, rope_theta=10000.0,
+                         rope_scaling={"type": "default"})
 
 
 @test("what changes no id and no number gives the same file")
-def _():
+def same_file():
     want = exported()
     expect(exported(), want, "the same again")
     for what, change in [
@@ -426,7 +442,8 @@ def _():
             ("config with more than one spelling", two_spellings),
             ("rotary share from rope_scaling", lambda source: (
                 without("config", "rotary_pct")(source),
-                config(rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.5})(source))),
+                config(rope_scaling={"rope_type": "default",
+                                     "partial_rotary_factor": 0.5})(source))),
             ("no hidden_act", without("config", "hidden_act")),
             ("no attention_bias", without("config", "attention_bias")),
             ("no tie_word_embeddings", without("config", "tie_word_embeddings")),
@@ -434,13 +451,14 @@ def _():
             ("no layer_norm_eps", without("config", "layer_norm_eps")),
             ("a factor of 1", config(rope_scaling={"rope_type": "default", "factor": 1.0})),
             ("a factor of 1 for transformers 5", lambda source: (
-                saved_by_transformers_5(source), source.config["rope_parameters"].update(factor=1.0))),
+                saved_by_transformers_5(source),
+                source.config["rope_parameters"].update(factor=1.0))),
             ("linear, a factor of 1", config(rope_scaling={"type": "linear", "factor": 1.0})),
             ("what the default does not read", config(rope_scaling={
                 "rope_type": "default", "type": "default", "factor": None, "attention_factor": 1.0,
                 "original_max_position_embeddings": 64, "beta_fast": None, "beta_slow": None})),
-            ("nulls that are not read", config(rope_theta=None, partial_rotary_factor=None, head_dim=None,
-                                               quantization_config=None)),
+            ("nulls that are not read", config(rope_theta=None, partial_rotary_factor=None,
+                                               head_dim=None, quantization_config=None)),
             ("head_dim", config(head_dim=12)),
             ("another num_key_value_heads", config(num_key_value_heads=7)),
             ("another torch_dtype", config(torch_dtype="bfloat16")),
@@ -450,7 +468,8 @@ def _():
             ("spaces after the header", raw("model.safetensors", lambda data: struct.pack(
                 "<Q", 5 + struct.unpack("<Q", data[:8])[0]) + b" " * 5 + data[8:])),
             ("merges as pairs", pairs),
-            ("truncation", tokenizer(truncation={"direction": "Right", "max_length": 5, "stride": 0})),
+            ("truncation",
+             tokenizer(truncation={"direction": "Right", "max_length": 5, "stride": 0})),
             ("padding", tokenizer(padding={"strategy": "BatchLongest", "pad_id": 2})),
             ("no post_processor", tokenizer(post_processor=None)),
             ("a template that adds nothing", tokenizer(post_processor=template(SEQUENCE_A))),
@@ -460,7 +479,8 @@ def _():
             ("no use_regex", without("tokenizer", "pre_tokenizer", "use_regex")),
             ("the decoder's flags", tokenizer("decoder", add_prefix_space=False, use_regex=False)),
             ("dropout 0", tokenizer("model", dropout=0.0)),
-            ("empty affixes", tokenizer("model", continuing_subword_prefix="", end_of_word_suffix="")),
+            ("empty affixes",
+             tokenizer("model", continuing_subword_prefix="", end_of_word_suffix="")),
             ("unk_token", tokenizer("model", unk_token="<|unk|>", fuse_unk=True)),
             ("ignore_merges false", tokenizer("model", ignore_merges=False)),
             ("no byte_fallback", without("tokenizer", "model", "byte_fallback"))]:
@@ -481,12 +501,14 @@ def check_tables(tables, source):
     for number, text in enumerate(tables.texts):
         name = names.get(number, "")
         inside = all(char in of_char for char in name)
-        expect(text, bytes(of_char[char] for char in name) if inside else name.encode(), "token %d" % number)
+        expect(text, bytes(of_char[char] for char in name) if inside else name.encode(),
+               "token %d" % number)
     flags = bytearray(tables.tokens)
     for token in entries:
         flags[token["id"]] = 2 + (1 if token["special"] else 0)
     expect(tables.flags, bytes(flags), "flags")
-    expect(list(tables.byte_token), [vocab[alphabet[byte]] for byte in range(256)], "tokens of the bytes")
+    expect(list(tables.byte_token), [vocab[alphabet[byte]] for byte in range(256)],
+           "tokens of the bytes")
     want = {}
     for rank, merge in enumerate(source["model"]["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -494,18 +516,20 @@ def check_tables(tables, source):
     expect(tables.merges, want, "merges")
     for trie, normalized in ((tables.early, False), (tables.late, True)):
         expect(trie, {token["content"].encode(): token["id"] for token in entries
-                      if token["normalized"] is normalized}, "added tokens, normalized %s" % normalized)
+                      if token["normalized"] is normalized},
+               "added tokens, normalized %s" % normalized)
 
 
-@test("the tokenizer section holds tokenizer.json: texts, flags, merges and added tokens, each found by its key")
-def _():
+@test("the tokenizer section holds tokenizer.json: texts, flags, merges and added tokens, each "
+      "found by its key")
+def tokenizer_section():
     def strange(source):
         # In the byte alphabet, outside it, with a NUL; then one that the vocabulary has.
         model, entries = source.tokenizer["model"], source.tokenizer["added_tokens"]
-        for content, special, normalized in (("\u00e9t\u00e9", False, True), ("\u201cx\u201d", False, False),
-                                             ("a\0b", True, True)):
-            entries.append(dict(entries[0], id=entries[-1]["id"] + 1, content=content, special=special,
-                                normalized=normalized))
+        for content, special, normalized in (("\u00e9t\u00e9", False, True),
+                                             ("\u201cx\u201d", False, False), ("a\0b", True, True)):
+            entries.append(dict(entries[0], id=entries[-1]["id"] + 1, content=content,
+                                special=special, normalized=normalized))
         word = next(token for token in model["vocab"] if len(token) == 2)
         entries.append(dict(entries[0], id=model["vocab"][word], content=word, special=False))
         model["merges"].append(model["merges"][0])   # the last of two counts
@@ -527,67 +551,82 @@ def _():
 
 
 @test("the real tokenizer.json comes out whole, 1,636 added tokens and 30,876 merges")
-def _():
+def real_tokenizer():
     if not SHARED:
         raise Skip("the real tokenizer.json is not there")
     real = SHARED / "kl3m-002-170m" / "tokenizer.json"
     directory = tmpdir()
-    models.write_model(directory, tokenizer=real, vocab_size=32768, hidden_size=8, intermediate_size=8,
-                       rotary_pct=0.0)
+    models.write_model(directory, tokenizer=real, vocab_size=32768, hidden_size=8,
+                       intermediate_size=8, rotary_pct=0.0)
     code, err = run_inside(directory, "-o", directory / "out.bin")
     assert code == 0, err
     tables = Tables(ModelFile(directory / "out.bin").text("tokenizer"))
     check_tables(tables, json.loads(real.read_text(encoding="utf-8")))
-    expect((tables.tokens, len(tables.merges), len(tables.early), len(tables.late)), (32768, 30876, 7, 1629))
+    expect((tables.tokens, len(tables.merges), len(tables.early), len(tables.late)),
+           (32768, 30876, 7, 1629))
 
 
 # ---- What is refused --------------------------------------------------------------------------
 
 @test("a config that the program would not compute exactly is refused by the name of its field")
-def _():
-    table = [(("%s = %r" % (field, value)), config(**{field: value}), [field]) for field, values in {
-        "model_type": ["llama", None, 1], "hidden_act": ["gelu_new", "relu", None, ["gelu"]],
-        "attention_bias": [False, 1, None, "true"], "tie_word_embeddings": [True, 0, None],
-        "use_parallel_residual": ["yes", 1, None],
-        "rope_scaling": [{"type": "linear", "factor": 2.0}, {"rope_type": "dynamic"}, {"factor": 2},
-                         {"rope_type": "default", "factor": 2}, "linear", [], 1, {"type": "linear"},
-                         {"type": "default", "rope_type": "linear", "factor": 2}, {"attention_factor": 2},
-                         {"rope_type": "dynamic", "factor": 1.0}, {"rope_theta": None}, {"mscale": 1}],
-        "rope_parameters": [{"rope_type": "yarn"}, {"rope_type": None}, {"rope_theta": 500}, "default",
-                            {"partial_rotary_factor": 0.25}],
-        "hidden_size": [0, -48, 48.0, True, "48", None, [48], 10 ** 12, 50, 10 ** 400],
-        "num_hidden_layers": [0, -1, 1.0, True, None, 2 ** 40], "num_attention_heads": [0, 5, False, "4", None, 1e9],
-        "intermediate_size": [0, -80, "80", None, float("nan")], "vocab_size": [0, 10 ** 11, None, 300.5],
-        "max_position_embeddings": [0, -1, True, None, float("inf")],
-        "rotary_pct": [1.5, -0.5, float("nan"), "0.5", True, 0.25, [0.5], 10 ** 400, None],
-        "partial_rotary_factor": [0.25, False, float("nan")],
-        "rotary_emb_base": [0, -10000, float("inf"), float("nan"), "10000", True, 500, None],
-        "rope_theta": [500, {}],
-        "layer_norm_eps": [0, -1e-5, float("nan"), float("inf"), "1e-5", True, 2, 0.0, None],
-        "head_dim": [6, 24, 0, "12", [12]], "quantization_config": [{}, {"quant_method": "gptq", "bits": 4}],
-    }.items() for value in values]
-    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+def refused_configs():
+    table = [
+        (("%s = %r" % (field, value)), config(**{field: value}), [field]) for field, values in {
+            "model_type": ["llama", None, 1], "hidden_act": ["gelu_new", "relu", None, ["gelu"]],
+            "attention_bias": [False, 1, None, "true"], "tie_word_embeddings": [True, 0, None],
+            "use_parallel_residual": ["yes", 1, None],
+            "rope_scaling": [
+                {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic"}, {"factor": 2},
+                {"rope_type": "default", "factor": 2}, "linear", [], 1, {"type": "linear"},
+                {"type": "default", "rope_type": "linear", "factor": 2}, {"attention_factor": 2},
+                {"rope_type": "dynamic", "factor": 1.0}, {"rope_theta": None}, {"mscale": 1}],
+            "rope_parameters": [{"rope_type": "yarn"}, {"rope_type": None},
+                                {"rope_theta": 500}, "default", {"partial_rotary_factor": 0.25}],
+            "hidden_size": [0, -48, 48.0, True, "48", None, [48], 10 ** 12, 50, 10 ** 400],
+            "num_hidden_layers": [0, -1, 1.0, True, None, 2 ** 40],
+            "num_attention_heads": [0, 5, False, "4", None, 1e9],
+            "intermediate_size": [0, -80, "80", None, float("nan")],
+            "vocab_size": [0, 10 ** 11, None, 300.5],
+            "max_position_embeddings": [0, -1, True, None, float("inf")],
+            "rotary_pct": [1.5, -0.5, float("nan"), "0.5", True, 0.25, [0.5], 10 ** 400, None],
+            "partial_rotary_factor": [0.25, False, float("nan")],
+            "rotary_emb_base": [0, -10000, float("inf"), float("nan"), "10000", True, 500, None],
+            "rope_theta": [500, {}],
+            "layer_norm_eps": [0, -1e-5, float("nan"), float("inf"), "1e-5", True, 2, 0.0, None],
+            "head_dim": [6, 24, 0, "12", [12]],
+            "quantization_config": [{}, {"quant_method": "gptq", "bits": 4}],
+        }.items() for value in values]
+    for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                  "vocab_size"):
         table.append(("no " + field, without("config", field), [field]))
     table += [
-        ("an odd number of rotary dimensions", config(rotary_pct=0.25), ["rotary_pct", "3", "even"]),
-        ("two shares", config(rotary_pct=0.5, partial_rotary_factor=0.0), ["rotary_pct", "partial_rotary_factor"]),
-        ("two bases", config(rotary_emb_base=500), ["rotary_emb_base", "rope_theta", "500", "10000"]),
+        ("an odd number of rotary dimensions", config(rotary_pct=0.25),
+         ["rotary_pct", "3", "even"]),
+        ("two shares", config(rotary_pct=0.5, partial_rotary_factor=0.0),
+         ["rotary_pct", "partial_rotary_factor"]),
+        ("two bases", config(rotary_emb_base=500),
+         ["rotary_emb_base", "rope_theta", "500", "10000"]),
         ("heads", config(num_attention_heads=5), ["hidden_size", "48", "num_attention_heads 5"]),
         ("the share's value", config(rotary_pct=1.5), ["rotary_pct", "1.5", "from 0 to 1"]),
-        ("the value's place", config(rope_parameters={"rope_type": "yarn"}), ["rope_parameters.rope_type", "yarn"]),
+        ("the value's place", config(rope_parameters={"rope_type": "yarn"}),
+         ["rope_parameters.rope_type", "yarn"]),
     ]
     table += [   # what kl3m would refuse to load
-        (field, config(**{field: value}), [field, "from 1 to %d" % (value - 1)]) for field, value in [
-            ("num_hidden_layers", 4097), ("num_attention_heads", 4097), ("intermediate_size", 262145),
+        (field, config(**{field: value}), [field, "from 1 to %d" % (value - 1)])
+        for field, value in [
+            ("num_hidden_layers", 4097),
+            ("num_attention_heads", 4097), ("intermediate_size", 262145),
             ("vocab_size", 4194305), ("max_position_embeddings", 1048577), ("hidden_size", 65537)]]
     table += [("head size", config(hidden_size=4 * 4097), ["hidden_size", "at most 4096"]),
               ("base", config(rotary_emb_base=1.1e12), ["rotary_emb_base", "1000000000000"])]
     check_all_refused(table)
-    exported(config(max_position_embeddings=1048576, rotary_emb_base=10 ** 12, rope_theta=10 ** 12))   # and these not
+    # These are not refused.
+    exported(config(max_position_embeddings=1048576, rotary_emb_base=10 ** 12, rope_theta=10 ** 12))
 
 
-# What GPTNeoXConfig of transformers makes of these configs, 4.57.6 and 5.24.0: (base, rotary share), or
-# None where it fails. Where the two differ transformers 5 counts, since only that writes such a config.
+# What GPTNeoXConfig of transformers makes of these configs, 4.57.6 and 5.24.0: (base, rotary
+# share), or None where it fails. Where the two differ transformers 5 counts, since only that writes
+# such a config.
 ROTARY = [
     ({}, (10000, 0.25), (10000, 0.25)),
     ({"rope_theta": 500}, (10000, 0.25), (10000, 0.25)),
@@ -603,18 +642,21 @@ ROTARY = [
     ({"rope_parameters": {"rope_theta": 500, "rope_type": "default"}}, (10000, 0.25), (500, 0.25)),
     ({"rope_parameters": {"rope_theta": 500}, "rotary_emb_base": 700}, (700, 0.25), (500, 0.25)),
     ({"rope_parameters": {"rope_theta": 500}, "rope_theta": 700}, (10000, 0.25), (500, 0.25)),
-    ({"rope_parameters": {"partial_rotary_factor": 0.5}, "rotary_emb_base": 500}, (500, 0.25), (500, 0.5)),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}, "rotary_emb_base": 500},
+     (500, 0.25), (500, 0.5)),
     ({"rope_parameters": {}, "rope_theta": 500}, (10000, 0.25), (10000, 0.25)),
     ({"rope_scaling": {"rope_type": "default", "rope_theta": 500}}, (10000, 0.25), (500, 0.25)),
     ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 500}}, None, (500, 0.25)),
-    ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 500}}, (10000, 0.25), (10000, 0.25)),
-    ({"rope_scaling": {"type": "default", "rope_theta": 500}, "rope_parameters": {"rope_theta": 700}},
-     (10000, 0.25), (500, 0.25)),
+    ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 500}},
+     (10000, 0.25), (10000, 0.25)),
+    ({"rope_scaling": {"type": "default", "rope_theta": 500},
+      "rope_parameters": {"rope_theta": 700}}, (10000, 0.25), (500, 0.25)),
 ]
 
 
-@test("the rotary base and share are those that transformers computes with, or the config is refused by name")
-def _():
+@test("the rotary base and share are those that transformers computes with, or the config is "
+      "refused by name")
+def rotary_base_and_share():
     names = ("rope_theta", "partial_rotary_factor", "rotary_emb_base", "rotary_pct")
     for fields, _, wanted in ROTARY:
         stated = [value for place in (fields, *fields.values()) if isinstance(place, dict)
@@ -628,13 +670,14 @@ def _():
             file = tmpdir() / "out.bin"
             file.write_bytes(exported(change))
             got = ModelFile(file).config
-            expect((got["rotary_base"], got["rotary_dims"]), (wanted[0], 16 * wanted[1]), str(fields))
+            expect((got["rotary_base"], got["rotary_dims"]), (wanted[0], 16 * wanted[1]),
+                   str(fields))
         else:
             check_refused(change, ["config.json: "])
 
 
 @test("the published configs are read as they are, and a missing context as transformers has it")
-def _():
+def published_configs():
     file = tmpdir() / "out.bin"
     file.write_bytes(exported(without("config", "max_position_embeddings")))
     expect(ModelFile(file).config["context"], 2048)
@@ -660,23 +703,28 @@ def with_both(changes=lambda tensor: tensor):
     return change
 
 
-@test("the projection to the vocabulary is taken by either name, by both if they are the same, in shards too")
-def _():
+@test("the projection to the vocabulary is taken by either name, by both if they are the same, "
+      "in shards too")
+def names_of_the_projection():
     want = exported()
     new_name = renamed({"embed_out.weight": "lm_head.weight"})
     for what, change in (("lm_head", new_name), ("both", with_both()),
-                         ("both, lm_head first", lambda source: (with_both()(source), backwards(source)))):
+                         ("both, lm_head first",
+                          lambda source: (with_both()(source), backwards(source)))):
         assert exported(change) == want, what
 
     def in_shards(source, names):
         """One shard a name."""
         directory = tmpdir() / "model"
-        tensors = {name: (shape, array("f", data)) for name, (_, shape, data) in source.tensors.items()}
-        models.save_model(directory, source.config, tensors, shards=len(tensors), tokenizer=source.tokenizer)
+        tensors = {name: (shape, array("f", data))
+                   for name, (_, shape, data) in source.tensors.items()}
+        models.save_model(directory, source.config, tensors, shards=len(tensors),
+                          tokenizer=source.tokenizer)
         index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
         assert index[names[0]] != index.get(names[1]), index
         return directory
-    for change, names in ((new_name, ("lm_head.weight", "")), (with_both(), ("embed_out.weight", "lm_head.weight"))):
+    for change, names in ((new_name, ("lm_head.weight", "")),
+                          (with_both(), ("embed_out.weight", "lm_head.weight"))):
         source = Source()
         change(source)
         directory = in_shards(source, names)
@@ -689,15 +737,19 @@ def _():
     check_all_refused([
         ("both, one bit apart", with_both(one_bit), both),
         ("both, another shape", with_both(lambda tensor: (tensor[0], [48, ROWS], tensor[2])), both),
-        ("both, another type", with_both(lambda tensor: ("BF16", tensor[1], tensor[2][:len(tensor[2]) // 2])), both),
-        ("neither", lambda source: source.tensors.pop("embed_out.weight"), ["embed_out.weight or lm_head.weight"]),
+        ("both, another type",
+         with_both(lambda tensor: ("BF16", tensor[1], tensor[2][:len(tensor[2]) // 2])), both),
+        ("neither", lambda source: source.tensors.pop("embed_out.weight"),
+         ["embed_out.weight or lm_head.weight"]),
         ("lm_head of another size", lambda source: (
-            new_name(source), tensor("lm_head.weight", shape=[301, 48])(source)), ["lm_head.weight", "[301, 48]"]),
+            new_name(source), tensor("lm_head.weight", shape=[301, 48])(source)),
+         ["lm_head.weight", "[301, 48]"]),
         ("a bias of lm_head", tensor("lm_head.bias", shape=[ROWS]), ["lm_head.bias"])])
 
 
-@test("tensors that are missing, unknown, of another shape or dtype, or not finite are refused by name")
-def _():
+@test("tensors that are missing, unknown, of another shape or dtype, or not finite are "
+      "refused by name")
+def wrong_tensors():
     first = "gpt_neox.layers.0.attention.dense.weight"
 
     def gone(source):
@@ -718,26 +770,34 @@ def _():
     bias = "gpt_neox.final_layer_norm.bias"
     check_all_refused([
         ("a tensor is missing", gone, [first, "found nothing", "[48, 48]"]),
-        ("the first query_key_value is missing", lambda source: source.tensors.pop(QKV + "weight"), [QKV + "weight"]),
-        ("a layer is missing", config(num_hidden_layers=2), ["gpt_neox.layers.1.input_layernorm.weight"]),
+        ("the first query_key_value is missing",
+         lambda source: source.tensors.pop(QKV + "weight"), [QKV + "weight"]),
+        ("a layer is missing", config(num_hidden_layers=2),
+         ["gpt_neox.layers.1.input_layernorm.weight"]),
         ("another shape", tensor(first, shape=[48, 47]), [first, "[48, 47]", "[48, 48]"]),
         ("transposed", tensor("gpt_neox.layers.0.mlp.dense_h_to_4h.weight", shape=[48, 80]),
          ["dense_h_to_4h.weight", "[48, 80]", "[80, 48]"]),
         ("a vector as a matrix", tensor(bias, shape=[1, 48]), [bias, "[1, 48]", "[48]"]),
         ("another rank", tensor(first, shape=[48, 48, 1]), [first, "[48, 48, 1]"]),
-        ("another vocabulary", config(vocab_size=305), ["embed_in.weight", "[304, 48]", "[305, 48]"]),
-        ("embed_out of another size", tensor("embed_out.weight", shape=[301, 48]), ["embed_out.weight", "[301, 48]"]),
+        ("another vocabulary", config(vocab_size=305),
+         ["embed_in.weight", "[304, 48]", "[305, 48]"]),
+        ("embed_out of another size", tensor("embed_out.weight", shape=[301, 48]),
+         ["embed_out.weight", "[301, 48]"]),
         ("three key heads of four", grouped(3), [QKV + "weight", "[120, 48]", "144", "divides 4"]),
         ("no key heads", grouped(0), [QKV + "weight", "[48, 48]"]),
         ("more key heads than heads", grouped(5), [QKV + "weight", "[168, 48]"]),
         ("half a key head", tensor(QKV + "weight", shape=[60, 48]), [QKV + "weight", "[60, 48]"]),
-        ("a query_key_value without rows", tensor(QKV + "weight", shape=[0, 48]), [QKV + "weight", "[0, 48]"]),
+        ("a query_key_value without rows", tensor(QKV + "weight", shape=[0, 48]),
+         [QKV + "weight", "[0, 48]"]),
         ("a scalar query_key_value", tensor(QKV + "weight", shape=[]), [QKV + "weight", "[]"]),
-        ("a bias of another layout", tensor(QKV + "bias", shape=[96]), [QKV + "bias", "[96]", "[144]"]),
+        ("a bias of another layout", tensor(QKV + "bias", shape=[96]),
+         [QKV + "bias", "[96]", "[144]"]),
         ("F64", tensor(first, "F64"), [first, "F64", "F32, F16 or BF16"]),
         ("I32", tensor(first, "I32"), [first, "I32"]),
-        ("an unknown tensor", tensor("gpt_neox.layers.0.attention.q_norm.weight", shape=[12]), ["q_norm.weight"]),
-        ("an unknown layer", tensor("gpt_neox.layers.1.input_layernorm.weight", shape=[48]), ["layers.1.input"]),
+        ("an unknown tensor", tensor("gpt_neox.layers.0.attention.q_norm.weight", shape=[12]),
+         ["q_norm.weight"]),
+        ("an unknown layer", tensor("gpt_neox.layers.1.input_layernorm.weight", shape=[48]),
+         ["layers.1.input"]),
         ("a bias of embed_out", tensor("embed_out.bias", shape=[ROWS]), ["embed_out.bias"]),
         ("a name with a line break", tensor("a\nb\u201c", shape=[1]), ["a\\nb"]),
         ("F32 infinity", spoiled(bias, "F32", 0, 0, 0x80, 0x7F), [bias, "finite"]),
@@ -745,15 +805,17 @@ def _():
         ("F32 NaN", spoiled(first, "F32", 1, 0, 0x80, 0x7F), [first, "finite"]),
         ("F16 infinity", spoiled(bias, "F16", 0, 0x7C), [bias, "finite"]),
         ("F16 NaN", spoiled(first, "F16", 0, 0xFE), [first, "finite"]),
-        ("BF16 infinity", spoiled("embed_out.weight", "BF16", 0x80, 0x7F), ["embed_out.weight", "finite"]),
-        ("BF16 NaN", spoiled("gpt_neox.embed_in.weight", "BF16", 0xC0, 0xFF), ["embed_in.weight", "finite"]),
+        ("BF16 infinity", spoiled("embed_out.weight", "BF16", 0x80, 0x7F),
+         ["embed_out.weight", "finite"]),
+        ("BF16 NaN",
+         spoiled("gpt_neox.embed_in.weight", "BF16", 0xC0, 0xFF), ["embed_in.weight", "finite"]),
     ])
     large = struct.pack("<f", 3.4e38)   # as large as they come, and finite
     exported(spoiled(bias, "F32", *large))
 
 
 @test("a damaged or hostile safetensors file is refused")
-def _():
+def hostile_safetensors():
     def bytes_of(change):
         return raw("model.safetensors", change)
 
@@ -784,8 +846,10 @@ def _():
         ("half the header", bytes_of(lambda data: data[:500]), ["header"]),
         ("one byte short", bytes_of(lambda data: data[:-1]), ["model.safetensors", "download"]),
         ("one byte more", bytes_of(lambda data: data + b"\0"), ["size", "download"]),
-        ("no data", bytes_of(lambda data: data[:8 + struct.unpack("<Q", data[:8])[0]]), ["download"]),
-        ("a pointer file", bytes_of(lambda data: b"version https://git-lfs.github.com/spec/v1\n"), ["Git LFS"]),
+        ("no data", bytes_of(lambda data: data[:8 + struct.unpack("<Q", data[:8])[0]]),
+         ["download"]),
+        ("a pointer file", bytes_of(lambda data: b"version https://git-lfs.github.com/spec/v1\n"),
+         ["Git LFS"]),
         ("length 0", length(0), ["header"]),
         ("length 2^63", length(2 ** 63), ["header", str(2 ** 63)]),
         ("length 2^64 - 1", length(2 ** 64 - 1), ["header"]),
@@ -794,18 +858,24 @@ def _():
         ("not UTF-8", header(lambda text: b'{"\xff": 1}'), ["JSON"]),
         ("a list", header(lambda text: b"[]"), ["object"]),
         ("a number", header(lambda text: b"1" * 300), ["object"]),
-        ("a huge number", header(lambda text: b'{"a": ' + b"1" * 9999 + b"}"), ["model.safetensors"]),
+        ("a huge number",
+         header(lambda text: b'{"a": ' + b"1" * 9999 + b"}"), ["model.safetensors"]),
         ("deep", header(lambda text: b"[" * 200000), ["JSON"]),
         ("nothing in it", header(lambda text: b"{}"), ["size"]),
-        ("a name twice", header(lambda text: text.replace(b'"gpt_neox.embed_in.weight"', b'"embed_out.weight"')),
+        ("a name twice",
+         header(lambda text: text.replace(b'"gpt_neox.embed_in.weight"', b'"embed_out.weight"')),
          ["embed_out.weight", "twice"]),
-        ("a field twice", header(lambda text: text.replace(b'"shape"', b'"dtype"', 1)), ["dtype", "twice"]),
-        ("an entry that is none", lambda s: setattr(s, "change_header", lambda h: h.update({name: 3})), [name]),
-        ("a null entry", lambda s: setattr(s, "change_header", lambda h: h.update({name: None})), [name]),
+        ("a field twice", header(lambda text: text.replace(b'"shape"', b'"dtype"', 1)),
+         ["dtype", "twice"]),
+        ("an entry that is none",
+         lambda s: setattr(s, "change_header", lambda h: h.update({name: 3})), [name]),
+        ("a null entry", lambda s: setattr(s, "change_header", lambda h: h.update({name: None})),
+         [name]),
         ("no dtype", entry(dtype=None), [name, "dtype"]),
         ("a dtype that is a number", entry(dtype=32), [name]),
         ("an unknown dtype", entry(dtype="F32X"), [name, "F32X"]),
-        ("a dtype of another size", entry(dtype="F16"), [name, str(ROWS * 48 * 4), str(ROWS * 48 * 2)]),
+        ("a dtype of another size", entry(dtype="F16"),
+         [name, str(ROWS * 48 * 4), str(ROWS * 48 * 2)]),
         ("no shape", entry(shape=None), [name]),
         ("a shape that is a number", entry(shape=14400), [name]),
         ("a negative size", entry(shape=[-ROWS, -48]), [name]),
@@ -828,17 +898,22 @@ def _():
         ("a gap", offsets(4, 0), [name, "offset"]),
         ("the same place twice", entry(data_offsets=[0, ROWS * 48 * 4]), ["offset"]),
         ("everything", entry(data_offsets=[0, 4 * 10 ** 9]), [name]),
-        ("a directory", lambda s, d: (s.write(d), (d / "model.safetensors").unlink(),
-                                      (d / "model.safetensors").mkdir(), "written")[-1], ["model.safetensors"]),
+        ("a directory",
+         lambda s, d: (s.write(d), (d / "model.safetensors").unlink(),
+                       (d / "model.safetensors").mkdir(), "written")[-1],
+         ["model.safetensors"]),
     ])
 
 
-@test("shards: what the index and the files do not agree on is refused, and so is a way out of the directory")
-def _():
+@test("shards: what the index and the files do not agree on is refused, and so is a way out of "
+      "the directory")
+def disagreeing_shards():
     def shards(change=lambda index: None, files=lambda directory: None):
         def build(source, directory):
-            tensors = {name: (shape, array("f", data)) for name, (_, shape, data) in source.tensors.items()}
-            models.save_model(directory, source.config, tensors, shards=2, tokenizer=source.tokenizer)
+            tensors = {name: (shape, array("f", data))
+                       for name, (_, shape, data) in source.tensors.items()}
+            models.save_model(directory, source.config, tensors, shards=2,
+                              tokenizer=source.tokenizer)
             path = directory / index_name
             index = json.loads(path.read_text())
             change(index)
@@ -850,31 +925,39 @@ def _():
     def mapped(file, name="embed_out.weight"):
         return shards(lambda index: index["weight_map"].update({name: file}))
     first, second, index_name = (
-        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json")
     check_all_refused([
         ("no weight_map", shards(lambda index: index.pop("weight_map")), ["weight_map"]),
-        ("weight_map is a list", shards(lambda index: index.update(weight_map=[second])), ["weight_map"]),
-        ("weight_map is empty", shards(lambda index: index.update(weight_map={})), [QKV + "weight"]),
-        ("the parent directory", mapped("../model.safetensors"), ["../model.safetensors", "plain file name"]),
+        ("weight_map is a list", shards(lambda index: index.update(weight_map=[second])),
+         ["weight_map"]),
+        ("weight_map is empty", shards(lambda index: index.update(weight_map={})),
+         [QKV + "weight"]),
+        ("the parent directory",
+         mapped("../model.safetensors"), ["../model.safetensors", "plain file name"]),
         ("an absolute path", mapped("/etc/passwd"), ["/etc/passwd", "plain file name"]),
         ("a directory below", mapped("a/b"), ["a/b", "plain file name"]),
         ("two dots", mapped(".."), ["plain file name"]),
         ("a number", mapped(3), ["plain file name"]),
         ("an empty name", mapped(""), ["plain file name"]),
         ("a NUL", mapped("a\0b"), ["plain file name"]),
-        ("no such shard", mapped("model-00003-of-00002.safetensors"), ["model-00003-of-00002.safetensors"]),
+        ("no such shard", mapped("model-00003-of-00002.safetensors"),
+         ["model-00003-of-00002.safetensors"]),
         ("in another shard", mapped(first), ["embed_out.weight", first, second]),
         ("in no shard", mapped(first, "gpt_neox.more.weight"), ["gpt_neox.more.weight", first]),
-        ("not in the index", shards(lambda index: index["weight_map"].pop("embed_out.weight")), ["embed_out.weight"]),
+        ("not in the index", shards(lambda index: index["weight_map"].pop("embed_out.weight")),
+         ["embed_out.weight"]),
         ("a shard is missing", shards(files=lambda d: (d / second).unlink()), [second]),
         ("a shard is short", shards(files=lambda d: os.truncate(d / second, 40000)), [second]),
-        ("one shard twice", shards(files=lambda d: shutil.copyfile(d / first, d / second)), [second]),
-        ("the index is broken", shards(files=lambda d: (d / index_name).write_text("{")), ["JSON", index_name]),
+        ("one shard twice", shards(files=lambda d: shutil.copyfile(d / first, d / second)),
+         [second]),
+        ("the index is broken", shards(files=lambda d: (d / index_name).write_text("{")),
+         ["JSON", index_name]),
     ])
 
 
 @test("a tokenizer that would give other ids is refused by name, with the remedy")
-def _():
+def refused_tokenizers():
     remedy = "base model"
     entries = models.small_tokenizer(TOKENS)["added_tokens"]
     last = entries[-1]
@@ -890,17 +973,22 @@ def _():
         vocab = source.tokenizer["model"]["vocab"]
         vocab["\u0120\u0120\u0120"] = vocab.pop("\u0100")   # byte 0
     nfc = {"type": "NFC"}
-    split = {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False}]}
+    split = {"type": "Sequence",
+             "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False}]}
     start = {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
     check_all_refused([(what, change, [*words, remedy]) for what, change, words in [
         ("a normalizer", tokenizer(normalizer=nfc), ["normalizer", "NFC"]),
-        ("normalizers", tokenizer(normalizer={"type": "Sequence", "normalizers": [nfc]}), ["normalizer"]),
+        ("normalizers", tokenizer(normalizer={"type": "Sequence", "normalizers": [nfc]}),
+         ["normalizer"]),
         ("no pre_tokenizer", tokenizer(pre_tokenizer=None), ["pre_tokenizer"]),
-        ("another pre_tokenizer", tokenizer(pre_tokenizer={"type": "Whitespace"}), ["pre_tokenizer", "Whitespace"]),
+        ("another pre_tokenizer",
+         tokenizer(pre_tokenizer={"type": "Whitespace"}), ["pre_tokenizer", "Whitespace"]),
         ("pre_tokenizers", tokenizer(pre_tokenizer=split), ["pre_tokenizer", "Sequence"]),
         ("a pre_tokenizer that is a list", tokenizer(pre_tokenizer=[1]), ["pre_tokenizer"]),
-        ("add_prefix_space", tokenizer("pre_tokenizer", add_prefix_space=True), ["add_prefix_space", "true"]),
-        ("no add_prefix_space", without("tokenizer", "pre_tokenizer", "add_prefix_space"), ["add_prefix_space"]),
+        ("add_prefix_space", tokenizer("pre_tokenizer", add_prefix_space=True),
+         ["add_prefix_space", "true"]),
+        ("no add_prefix_space", without("tokenizer", "pre_tokenizer", "add_prefix_space"),
+         ["add_prefix_space"]),
         ("use_regex", tokenizer("pre_tokenizer", use_regex=False), ["use_regex", "false"]),
         ("no decoder", tokenizer(decoder=None), ["decoder"]),
         ("another decoder", tokenizer(decoder={"type": "WordPiece"}), ["decoder", "WordPiece"]),
@@ -909,19 +997,24 @@ def _():
         ("dropout", tokenizer("model", dropout=0.1), ["dropout", "0.1"]),
         ("byte_fallback", tokenizer("model", byte_fallback=True), ["byte_fallback"]),
         ("ignore_merges", tokenizer("model", ignore_merges=True), ["ignore_merges"]),
-        ("a prefix", tokenizer("model", continuing_subword_prefix="##"), ["continuing_subword_prefix", "##"]),
+        ("a prefix", tokenizer("model", continuing_subword_prefix="##"),
+         ["continuing_subword_prefix", "##"]),
         ("a suffix", tokenizer("model", end_of_word_suffix="</w>"), ["end_of_word_suffix", "</w>"]),
-        ("a template that adds", tokenizer(post_processor=template(start, SEQUENCE_A)), ["post_processor"]),
+        ("a template that adds",
+         tokenizer(post_processor=template(start, SEQUENCE_A)), ["post_processor"]),
         ("a template without the text", tokenizer(post_processor=template()), ["post_processor"]),
-        ("a template with the text twice", tokenizer(post_processor=template(SEQUENCE_A, SEQUENCE_A)),
-         ["post_processor"]),
-        ("RobertaProcessing", tokenizer(post_processor={"type": "RobertaProcessing", "sep": ["</s>", 1]}),
+        ("a template with the text twice",
+         tokenizer(post_processor=template(SEQUENCE_A, SEQUENCE_A)), ["post_processor"]),
+        ("RobertaProcessing",
+         tokenizer(post_processor={"type": "RobertaProcessing", "sep": ["</s>", 1]}),
          ["post_processor", "RobertaProcessing"]),
         ("one of two that adds", tokenizer(post_processor={
-            "type": "Sequence", "processors": [BYTE_LEVEL, template(SEQUENCE_A, start)]}), ["post_processor"]),
-        ("a post_processor that is none", tokenizer(post_processor="ByteLevel"), ["post_processor"]),
-        ("processors that are none", tokenizer(post_processor={"type": "Sequence", "processors": 3}),
+            "type": "Sequence", "processors": [BYTE_LEVEL, template(SEQUENCE_A, start)]}),
          ["post_processor"]),
+        ("a post_processor that is none",
+         tokenizer(post_processor="ByteLevel"), ["post_processor"]),
+        ("processors that are none",
+         tokenizer(post_processor={"type": "Sequence", "processors": 3}), ["post_processor"]),
         ("lstrip", added(8, lstrip=True), ["lstrip", json.dumps(entries[8]["content"])]),
         ("rstrip", added(8, rstrip=True), ["rstrip"]),
         ("single_word", added(8, single_word=True), ["single_word"]),
@@ -946,10 +1039,12 @@ def _():
         ("an id with a fraction", vocabulary(zzz=299.0), ["zzz"]),
         ("an id beyond the embedding", vocabulary(zzz=ROWS), ["zzz", "304", "embed_in"]),
         ("more tokens than rows", lambda source: [
-            more(content="~" * n, id=TOKENS - 2 + n)(source) for n in range(2, 7)], ['"~~~~~~"', "304 rows"]),
+            more(content="~" * n, id=TOKENS - 2 + n)(source) for n in range(2, 7)],
+         ['"~~~~~~"', "304 rows"]),
         ("a huge id", vocabulary(zzz=10 ** 30), ["zzz"]),
         ("a gap that the library would fill", lambda source: (
-            source.tokenizer["added_tokens"].clear(), source.tokenizer["model"]["vocab"].update(zzz=299),
+            source.tokenizer["added_tokens"].clear(),
+            source.tokenizer["model"]["vocab"].update(zzz=299),
             source.tokenizer["added_tokens"].extend([dict(last, id=298)])), ["id", "298"]),
         ("no vocabulary", tokenizer("model", vocab=None), ["vocab"]),
         ("a vocabulary that is a list", tokenizer("model", vocab=["a"]), ["vocab"]),
@@ -971,15 +1066,18 @@ def _():
 
 
 @test("files that are missing, not JSON, or not readable are refused in one line")
-def _():
+def unreadable_files():
     table = []
     for name in ("config.json", "tokenizer.json"):
         table += [(what + " " + name, raw(name, change), [name]) for what, change in [
-            ("no", lambda data: None), ("an empty", lambda data: b""), ("a list in", lambda data: b"[1]"),
+            ("no", lambda data: None),
+            ("an empty", lambda data: b""), ("a list in", lambda data: b"[1]"),
             ("null in", lambda data: b"null"), ("half of", lambda data: data[:len(data) // 2]),
             ("bad UTF-8 in", lambda data: b"\xff" + data),
-            ("UTF-16 in", lambda data: data.decode().encode("utf-16")), ("deep", lambda data: b'{"a":' * 100000),
-            ("deep and whole", lambda data: data[:-1] + b', "z": ' + b"[" * 900 + b"]" * 900 + b', "z": 1}'),
+            ("UTF-16 in", lambda data: data.decode().encode("utf-16")),
+            ("deep", lambda data: b'{"a":' * 100000),
+            ("deep and whole",
+             lambda data: data[:-1] + b', "z": ' + b"[" * 900 + b"]" * 900 + b', "z": 1}'),
             ("a key twice in", lambda data: b'{"version": 1, ' + data[1:-1] + b', "version": 1}'),
             ("more after", lambda data: data + b"x")]]
     check_all_refused(table)
@@ -995,7 +1093,8 @@ def said_of(directory):
     """The one line that an export of this directory ends with."""
     out = tmpdir() / "x.bin"
     code, err = run_inside(directory, "-o", out)
-    assert code == 1 and err.startswith("export_weights.py: error: ") and err.count("\n") == 1, (code, err)
+    assert (code == 1 and err.startswith("export_weights.py: error: ")
+            and err.count("\n") == 1), (code, err)
     assert not out.exists()
     return err
 
@@ -1003,21 +1102,26 @@ def said_of(directory):
 RESAVE = ["transformers", "save_pretrained"]
 
 
-@test("a folder with weights of another kind, or without a part, is told what it has and what to do")
-def _():
+@test("a folder with weights of another kind, or without a part, is told what it has "
+      "and what to do")
+def other_kinds_of_weights():
     for names, words in [   # what the folder has in place of model.safetensors
             (["pytorch_model.bin"], ["pytorch_model.bin", "PyTorch", *RESAVE]),
-            (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["pytorch_model-00001-of", *RESAVE]),
-            (["consolidated.00.pth"], ["consolidated.00.pth", *RESAVE]), (["model.pt"], ["model.pt", *RESAVE]),
-            (["optimizer.pt", "pytorch_model.bin", "training_args.bin"], ["pytorch_model.bin", *RESAVE]),
+            (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
+             ["pytorch_model-00001-of", *RESAVE]),
+            (["consolidated.00.pth"], ["consolidated.00.pth", *RESAVE]),
+            (["model.pt"], ["model.pt", *RESAVE]),
+            (["optimizer.pt", "pytorch_model.bin", "training_args.bin"],
+             ["pytorch_model.bin", *RESAVE]),
             (["kl3m.Q8_0.gguf"], ["kl3m.Q8_0.gguf", "llama.cpp", "made from"]),
-            (["flax_model.msgpack"], ["flax_model.msgpack", *RESAVE]), (["tf_model.h5"], ["tf_model.h5", *RESAVE]),
-            (["model.onnx"], ["model.onnx", *RESAVE]),
+            (["flax_model.msgpack"], ["flax_model.msgpack", *RESAVE]),
+            (["tf_model.h5"], ["tf_model.h5", *RESAVE]), (["model.onnx"], ["model.onnx", *RESAVE]),
             (["weights.safetensors"], ["weights.safetensors", "rename it to model.safetensors"]),
             (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
              ["model-00001-of-00002.safetensors", "download model.safetensors.index.json"]),
             (["adapter_config.json", "adapter_model.safetensors"], ["adapter", "merge_and_unload"]),
-            (["model.bin", "README.md"], ["no model.safetensors", "org/model"]), ([], ["no model.safetensors"])]:
+            (["model.bin", "README.md"], ["no model.safetensors", "org/model"]),
+            ([], ["no model.safetensors"])]:
         for has_config in (True, False):
             source = small_source()
             (source / "model.safetensors").unlink()
@@ -1041,9 +1145,11 @@ def _():
     expect(run_inside(top / "checkpoint-500", "-o", top / "x.bin")[0], 0)
 
 
-@test("a Git LFS pointer, a web page or another format in a file's place is called that, with the remedy that works")
-def _():
-    pointer = (b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 671788032\n" % (b"0" * 64))
+@test("a Git LFS pointer, a web page or another format in a file's place is called that, with the "
+      "remedy that works")
+def other_formats():
+    pointer = (b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\n"
+               b"size 671788032\n" % (b"0" * 64))
     for content, words in [
             (pointer, ["a Git LFS pointer", "git lfs pull", "download"]),
             (b"<!doctype html>\n<html class=\"\"><head>", ["a web page", "/resolve/"]),
@@ -1052,8 +1158,10 @@ def _():
             (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', ["a web page"]),
             (b"PK\x03\x04" + bytes(100), ["pickle of PyTorch", *RESAVE]),
             (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", ["pickle of PyTorch", *RESAVE]),
-            (b"GGUF\x03\0\0\0", ["llama.cpp", "made from"]), (b"\x89HDF\r\n\x1a\n", ["TensorFlow", *RESAVE])]:
-        for name in ("model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"):
+            (b"GGUF\x03\0\0\0", ["llama.cpp", "made from"]),
+            (b"\x89HDF\r\n\x1a\n", ["TensorFlow", *RESAVE])]:
+        for name in ("model.safetensors", "config.json", "tokenizer.json",
+                     "model.safetensors.index.json"):
             source = small_source()
             if name.endswith("index.json"):
                 (source / "model.safetensors").unlink()
@@ -1062,7 +1170,8 @@ def _():
             for word in [str(source / name), *words]:
                 assert word in err, "no %r in %r" % (word, err)
             assert "damaged" not in err, err
-    for text in (b"Entry not found", b"Invalid username or password.", b'{"error":"Repository not found"}', b"no\n"):
+    for text in (b"Entry not found", b"Invalid username or password.",
+                 b'{"error":"Repository not found"}', b"no\n"):
         source = small_source()
         (source / "model.safetensors").write_bytes(text)
         err = said_of(source)
@@ -1070,28 +1179,37 @@ def _():
     for size in (0x10280, 0x10380, 0x40480):   # a sound file that begins as a pickle does
         def padded(data, size=size):
             length = struct.unpack("<Q", data[:8])[0]
-            return struct.pack("<Q", size) + data[8:8 + length] + b" " * (size - length) + data[8 + length:]
+            return (struct.pack("<Q", size) + data[8:8 + length] + b" " * (size - length)
+                    + data[8 + length:])
         exported(raw("model.safetensors", padded))
 
 
-@test("weights under other names are refused by the name that they have, the one expected, and how to save them")
-def _():
+@test("weights under other names are refused by the name that they have, the one expected, and how "
+      "to save them")
+def other_names_of_weights():
     def prefix(text, cut=""):
-        return lambda source: renamed({name: text + name[len(cut):] if name.startswith(cut) else name
-                                       for name in source.tensors})(source)
+        return lambda source: renamed({name: text + name[len(cut):] if name.startswith(cut)
+                                       else name for name in source.tensors})(source)
     lora = "base_model.model.gpt_neox.layers.0.attention.query_key_value.lora_A.weight"
     merge, expected = ["merge_and_unload"], "gpt_neox.embed_in.weight"
     check_all_refused([
-        ("of a PeftModel", prefix("base_model.model."), ["base_model.model." + expected, expected, *merge]),
-        ("an adapter", lambda source: (source.tensors.clear(), tensor(lora, shape=[1])(source)), [lora, *merge]),
-        ("an adapter beside the weights", lambda source: tensor(lora[len("base_model.model."):], shape=[1])(source),
+        ("of a PeftModel",
+         prefix("base_model.model."), ["base_model.model." + expected, expected, *merge]),
+        ("an adapter",
+         lambda source: (source.tensors.clear(), tensor(lora, shape=[1])(source)), [lora, *merge]),
+        ("an adapter beside the weights",
+         lambda source: tensor(lora[len("base_model.model."):], shape=[1])(source),
          ["lora_A", *merge]),
-        ("of a DistributedDataParallel", prefix("module."), ["module." + expected, expected, "wraps"]),
+        ("of a DistributedDataParallel", prefix("module."),
+         ["module." + expected, expected, "wraps"]),
         ("of torch.compile", prefix("_orig_mod."), ["_orig_mod." + expected, expected, "wraps"]),
         ("of another wrapper", prefix("model."), ["model." + expected, expected, "wraps"]),
-        ("of GPTNeoXModel", prefix("", "gpt_neox."), ['"embed_in.weight"', expected, "GPTNeoXForCausalLM"]),
-        ("of a classifier", renamed({"embed_out.weight": "score.weight"}), ["embed_out.weight", '"score.weight"']),
-        ("of another architecture", renamed({"gpt_neox.layers.0.attention.dense.weight": "model.o_proj.weight"}),
+        ("of GPTNeoXModel", prefix("", "gpt_neox."),
+         ['"embed_in.weight"', expected, "GPTNeoXForCausalLM"]),
+        ("of a classifier", renamed({"embed_out.weight": "score.weight"}),
+         ["embed_out.weight", '"score.weight"']),
+        ("of another architecture",
+         renamed({"gpt_neox.layers.0.attention.dense.weight": "model.o_proj.weight"}),
          ["gpt_neox.layers.0.attention.dense.weight", '"model.o_proj.weight"']),
     ])
 
@@ -1114,40 +1232,57 @@ def contents(directory):
 
 
 def run_changed(code, *args, **options):
-    """The exporter in a process of its own after these lines of Python: (exit status, standard error)."""
-    lines = "import os, resource, shutil, signal, sys\nsys.dont_write_bytecode = True\nimport export_weights\n"
-    done = subprocess.run([sys.executable, "-c", lines + code + "\nsys.exit(export_weights.main())", *map(str, args)],
-                          env=dict(os.environ, PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, timeout=60, **options)
+    """The exporter in a process of its own after these lines of Python: (exit status, standard
+    error)."""
+    lines = ("import os, resource, shutil, signal, sys\nsys.dont_write_bytecode = True\n"
+             "import export_weights\n")
+    done = subprocess.run([sys.executable, "-c", lines + code + "\nsys.exit(export_weights.main())",
+                           *map(str, args)], env=dict(os.environ, PYTHONPATH=str(ROOT)),
+                          stderr=subprocess.PIPE, timeout=60, **options)
     return done.returncode, done.stderr.decode()
 
 
 @test("a failed, stopped or killed export leaves nothing behind and an older file untouched")
-def _():
+def failed_export_leaves_nothing():
     source = small_source()
     for what, code, status, words in [
-            ("Ctrl-C", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGINT)", 130, ["stopped"]),
-            ("Ctrl-C again while it clears up", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGINT)\n"
-             "unlink = os.unlink\nos.unlink = lambda path: (os.kill(os.getpid(), signal.SIGINT), unlink(path))",
+            ("Ctrl-C", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGINT)", 130,
+             ["stopped"]),
+            ("Ctrl-C again while it clears up",
+             "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGINT)\n"
+             "unlink = os.unlink\n"
+             "os.unlink = lambda path: (os.kill(os.getpid(), signal.SIGINT), unlink(path))",
              130, ["stopped"]),
-            ("SIGTERM", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGTERM)", 143, ["stopped"]),
-            ("SIGHUP", "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"     # nohup, which runs tests too, ignores it
+            ("SIGTERM", "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGTERM)", 143,
+             ["stopped"]),
+            ("SIGHUP",   # which nohup ignores, and it runs tests too
+             "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
              "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGHUP)", 129, ["stopped"]),
-            *(("signal %d" % number, "signal.signal(%d, signal.SIG_DFL)\n"
-               "os.fsync = lambda fd: os.kill(os.getpid(), %d)" % (number, number), 128 + number, ["stopped"])
-              for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGALRM,
-                             signal.SIGVTALRM)),
-            ("a limit that is sent as a signal", "signal.setitimer(signal.ITIMER_PROF, 0.01)\n"
-             "os.fsync = lambda fd: [0 for _ in range(10 ** 9)]", 128 + signal.SIGPROF, ["stopped"]),
+            *(("signal %d" % number,
+               "signal.signal(%d, signal.SIG_DFL)\n"
+               "os.fsync = lambda fd: os.kill(os.getpid(), %d)" % (number, number),
+               128 + number, ["stopped"])
+              for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+                             signal.SIGALRM, signal.SIGVTALRM)),
+            ("a limit that is sent as a signal",
+             "signal.setitimer(signal.ITIMER_PROF, 0.01)\n"
+             "os.fsync = lambda fd: [0 for _ in range(10 ** 9)]",
+             128 + signal.SIGPROF, ["stopped"]),
             ("a file too large", "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))", 1,
              ["cannot write", "File too large", "model.bin", "ulimit -f"]),
-            ("a full disk", "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)", 1,
-             ["cannot write", "found 1,", "bytes of room"]),
-            ("a fault at the end", "def fault(fd): raise OSError(5, 'Input/output error')\nos.fsync = fault", 1,
+            ("a full disk", "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)",
+             1, ["cannot write", "found 1,", "bytes of room"]),
+            ("a fault at the end",
+             "def fault(fd): raise OSError(5, 'Input/output error')\nos.fsync = fault", 1,
              ["cannot write", "Input/output error", "disk"]),
-            ("a source that cannot be read", "def fault(*args): raise OSError(5, 'Input/output error')\n"
-             "export_weights.fp32_bits = fault", 1, ["cannot read", "model.safetensors", "another copy"]),
-            ("a source that shrinks", "size = export_weights.check_tensors\n"
-             "def shrink(config, tensors):\n    size(config, tensors)\n"
+            ("a source that cannot be read",
+             "def fault(*args): raise OSError(5, 'Input/output error')\n"
+             "export_weights.fp32_bits = fault", 1,
+             ["cannot read", "model.safetensors", "another copy"]),
+            ("a source that shrinks",
+             "size = export_weights.check_tensors\n"
+             "def shrink(config, tensors):\n"
+             "    size(config, tensors)\n"
              "    os.truncate(tensors['embed_out.weight'].path, 100000)\n"
              "export_weights.check_tensors = shrink", 1, ["model.safetensors"])]:
         for older in (None, b"an older model"):
@@ -1163,18 +1298,21 @@ def _():
                    {"model.bin": older} if older else {}, what)
 
 
-@test("OUT: the default name, a link followed, an older file replaced, what cannot be written refused")
-def _():
+@test("OUT: the default name, a link followed, an older file replaced, what cannot be "
+      "written refused")
+def where_out_goes():
     top = tmpdir()
     source = small_source(top, "some-model")
     (top / "link").symlink_to(source)
     (top / "work").mkdir()
     done = run_export(top / "link", cwd=top / "work")
-    expect((done.code, os.listdir(top / "work")), (0, ["some-model.bin"]), "the directory's real name: " + done.err)
+    expect((done.code, os.listdir(top / "work")), (0, ["some-model.bin"]),
+           "the directory's real name: " + done.err)
     made = (top / "work" / "some-model.bin").read_bytes()
     umask = os.umask(0)
     os.umask(umask)
-    expect(stat.S_IMODE((top / "work" / "some-model.bin").stat().st_mode), 0o666 & ~umask, "permissions")
+    expect(stat.S_IMODE((top / "work" / "some-model.bin").stat().st_mode), 0o666 & ~umask,
+           "permissions")
 
     (top / "old").write_bytes(b"old")
     (top / "old link").symlink_to(top / "old")
@@ -1182,8 +1320,9 @@ def _():
     expect((top / "old").read_bytes(), made, "written through the link")
     assert (top / "old link").is_symlink()
 
-    for out, word in ((top / "work", "a plain file"), ("/dev/null", "a plain file"), ("", "a plain file"),
-                      (top / "none" / "x.bin", "expected a directory"), (top / "old" / "x.bin", "a directory"),
+    for out, word in ((top / "work", "a plain file"), ("/dev/null", "a plain file"),
+                      ("", "a plain file"), (top / "none" / "x.bin", "expected a directory"),
+                      (top / "old" / "x.bin", "a directory"),
                       (source / "model.safetensors", "source"), (source / "config.json", "source")):
         code, err = run_inside(source, "-o", out)
         expect((code, err.count("\n")), (1, 1), "%s: %s" % (out, err))
@@ -1206,8 +1345,9 @@ def cached(top):
     return snapshot
 
 
-@test("OUT is no file of the source and no blob of the hub's cache, whatever the name or link it is given by")
-def _():
+@test("OUT is no file of the source and no blob of the hub's cache, whatever the name or link "
+      "it is given by")
+def out_is_no_source():
     for in_cache in (True, False):
         top = tmpdir()
         source = cached(top) if in_cache else small_source(top)
@@ -1217,8 +1357,9 @@ def _():
         (top / "tokenizer.bin").symlink_to(source / "tokenizer.json")
         os.link(weights.resolve(), top / "hard.bin")
         (top / "folder").symlink_to(source)
-        outs = [weights, top / "link.bin", top / "link of a link.bin", top / "tokenizer.bin", top / "hard.bin",
-                top / "folder" / "model.safetensors", source / "tokenizer.json", source / "config.json"]
+        outs = [weights, top / "link.bin", top / "link of a link.bin", top / "tokenizer.bin",
+                top / "hard.bin", top / "folder" / "model.safetensors", source / "tokenizer.json",
+                source / "config.json"]
         if in_cache:
             other = top / "models--other--model" / "blobs" / ("%040x" % 7)   # of another model
             other.parent.mkdir(parents=True)
@@ -1227,7 +1368,8 @@ def _():
         before = contents(top)
         for out in outs:
             code, err = run_inside(source, "-o", out)
-            assert code == 1 and "cannot write" in err and ("source" in err or "cache" in err), (out, code, err)
+            assert (code == 1 and "cannot write" in err
+                    and ("source" in err or "cache" in err)), (out, code, err)
             expect(err.count("\n"), 1, err)
             expect(contents(top), before, str(out))
     weights.unlink()   # a name that leads nowhere yet
@@ -1242,26 +1384,30 @@ def _():
     (top / "open" / "model.bin").write_bytes(b"not to be read")
     for path, mode in ((top, 0o755), (top / "open", 0o777), (top / "open" / "model.bin", 0)):
         path.chmod(mode)
-    code, err = run_changed(unprivileged(), small_source(top, "another"), "-o", top / "open" / "model.bin")
+    code, err = run_changed(unprivileged(), small_source(top, "another"), "-o",
+                            top / "open" / "model.bin")
     expect((code, stat.S_IMODE((top / "open" / "model.bin").stat().st_mode)), (0, 0), err)
 
 
-@test("a file keeps the rights that it had when it is replaced, and has them from the first byte on")
-def _():
+@test("a file keeps the rights that it had when it is replaced, and has them from the "
+      "first byte on")
+def rights_of_out():
     source = small_source()
     for mode in (0o600, 0o640, 0o444, 0o664):
         out = tmpdir() / "model.bin"
         out.write_bytes(b"older")
         out.chmod(mode)
         seen = []
-        with mock.patch.object(export_weights, "write_sections",
-                               lambda file, *_: seen.append(os.fstat(file.fileno()).st_mode & 0o777)):
+        with mock.patch.object(
+                export_weights, "write_sections",
+                lambda file, *_: seen.append(os.fstat(file.fileno()).st_mode & 0o777)):
             expect(run_inside(source, "-o", out)[0], 0)
         expect((seen, out.stat().st_mode & 0o777, out.read_bytes()), ([mode], mode, b""), oct(mode))
         if os.geteuid() == 0:   # and its owner
             os.chown(out, 4321, 1234)
             expect(run_inside(source, "-o", out)[0], 0)
-            expect((out.stat().st_uid, out.stat().st_gid, out.stat().st_mode & 0o777), (4321, 1234, mode))
+            expect((out.stat().st_uid, out.stat().st_gid, out.stat().st_mode & 0o777),
+                   (4321, 1234, mode))
     out = tmpdir() / "model.bin"   # a group that cannot be kept: no other has its rights
     out.write_bytes(b"older")
     out.chmod(0o664)
@@ -1273,12 +1419,14 @@ def _():
 
 
 def unprivileged():
-    """Lines of Python that give up root's rights, if we have them, and read before what may be closed to others."""
+    """Lines of Python that give up root's rights, if we have them, and read before what may be
+    closed to others."""
     return "import gettext, locale\nos.setgid(65534)\nos.setuid(65534)" if os.geteuid() == 0 else ""
 
 
-@test("where OUT cannot be written is said with the remedy, and so is a source that may not be read")
-def _():
+@test("where OUT cannot be written is said with the remedy, and so is a source that "
+      "may not be read")
+def unwritable_out():
     top = tmpdir()
     top.chmod(0o755)
     source = small_source(top)
@@ -1293,7 +1441,8 @@ def _():
     if os.geteuid() == 0:
         cases.append((top / "sticky" / "model.bin", ["a file of yours", "another -o"]))
     for out, words in cases:   # before the source is looked at, which may be long in coming
-        code, err = run_changed(unprivileged() + "\nexport_weights.resolve = None", source, "-o", out)
+        code, err = run_changed(unprivileged() + "\nexport_weights.resolve = None",
+                                source, "-o", out)
         assert code == 1 and err.count("\n") == 1 and "cannot write" in err, err
         for word in words:
             assert word in err, "no %r in %r" % (word, err)
@@ -1302,21 +1451,27 @@ def _():
         (source / name).chmod(0)
         code, err = run_changed(unprivileged(), source, "-o", top / "open" / "model.bin")
         (source / name).chmod(0o644)
-        assert code == 1 and err.count("\n") == 1 and "cannot read" in err and name in err and "right" in err, err
+        assert (code == 1 and err.count("\n") == 1 and "cannot read" in err and name in err
+                and "right" in err), err
 
 
-@test("a header that no model has is refused before it costs memory; the longest that kl3m can run is not")
-def _():
-    layer = [name for name in base()[2] if ".layers.0." in name] + [
-        "gpt_neox.layers.0.attention." + name for name in ("bias", "masked_bias", "rotary_emb.inv_freq")]
+@test("a header that no model has is refused before it costs memory; the longest that kl3m "
+      "can run is not")
+def endless_header():
+    layer = ([name for name in base()[2] if ".layers.0." in name]
+             + ["gpt_neox.layers.0.attention." + name
+                for name in ("bias", "masked_bias", "rotary_emb.inv_freq")])
     entry = {"dtype": "BF16", "shape": [65536, 262144], "data_offsets": [10 ** 12, 10 ** 12]}
-    longest = {name.replace(".0.", ".%d." % number): entry for number in range(4096) for name in layer}
+    longest = {name.replace(".0.", ".%d." % number): entry for number in range(4096)
+               for name in layer}
     assert len(json.dumps(longest)) < 16 << 20
     source = small_source()
     kept = {name: (source / name).read_bytes() for name in os.listdir(source)}
-    limit = "resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))"   # twelve times as much as it needs
-    for name, text in (("model.safetensors", b'{"a": [%s{}]}'), ("tokenizer.json", b'{"a": [%s{}]}'),
-                       ("config.json", b'{"a": [%s{}]}'), ("model.safetensors.index.json", b'{"a": [%s{}]}')):
+    # Twelve times as much as it needs.
+    limit = "resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))"
+    for name, text in (("model.safetensors", b'{"a": [%s{}]}'),
+                       ("tokenizer.json", b'{"a": [%s{}]}'), ("config.json", b'{"a": [%s{}]}'),
+                       ("model.safetensors.index.json", b'{"a": [%s{}]}')):
         for size in (40 << 20, 120 << 20):
             data = text % (b"{}," * (size // 3))
             if name == "model.safetensors":
@@ -1330,13 +1485,16 @@ def _():
                 (source / other).write_bytes(data)
 
 
-@test("standard error that is closed, has no reader or is full loses no export, and what is full loses no line")
-def _():
+@test("standard error that is closed, has no reader or is full loses no export, and what is full "
+      "loses no line")
+def broken_standard_error():
     source = small_source()
     want = exported()
     slow = ("numbers = iter(range(1000))\n"
-            "export_weights.Progress.show = lambda *_: export_weights.note('x' * 8000 + str(next(numbers)))")
-    for what, code in (("closed", "os.close(2); sys.stderr = None"), ("no reader", slow), ("full disk", slow)):
+            "export_weights.Progress.show = lambda *_: export_weights.note('x' * 8000 + "
+            "str(next(numbers)))")
+    for what, code in (("closed", "os.close(2); sys.stderr = None"), ("no reader", slow),
+                       ("full disk", slow)):
         out = tmpdir() / "model.bin"
         ours, theirs = os.pipe()
         os.close(ours)
@@ -1345,8 +1503,8 @@ def _():
             theirs = os.open("/dev/full", os.O_WRONLY)
         lines = "import os, sys\nsys.dont_write_bytecode = True\nimport export_weights\n%s\n" \
                 "sys.exit(export_weights.main())" % code
-        done = subprocess.run([sys.executable, "-c", lines, source, "-o", out], stderr=theirs, timeout=60,
-                              env=dict(os.environ, PYTHONPATH=str(ROOT)))
+        done = subprocess.run([sys.executable, "-c", lines, source, "-o", out], stderr=theirs,
+                              timeout=60, env=dict(os.environ, PYTHONPATH=str(ROOT)))
         os.close(theirs)
         expect((done.returncode, out.read_bytes() == want), (0, True), what)
 
@@ -1362,13 +1520,14 @@ def _():
     with os.fdopen(ours, "rb") as file:
         said = file.read().decode().splitlines()
     expect((child.wait(30), out.read_bytes() == want), (0, True), "non-blocking")
-    expect(said[:-1], ["export_weights.py: " + "x" * 8000 + str(number) for number in range(len(said) - 1)])
+    expect(said[:-1],
+           ["export_weights.py: " + "x" * 8000 + str(number) for number in range(len(said) - 1)])
     assert len(said) > len(ModelFile(out).sections), said
     assert said[-1].startswith("export_weights.py: wrote "), said[-1]
 
 
 @test("one closing line on standard error, a bar only on a terminal, nothing on standard output")
-def _():
+def progress_and_closing_line():
     source = small_source()
     out = tmpdir() / "model.bin"
     done = run_export(source, "-o", out)
@@ -1377,7 +1536,8 @@ def _():
     expect(run_export(source, "-o", out, env={"LC_ALL": "C", "PYTHONUTF8": "0"}).code, 0)
 
     ours, theirs = pty.openpty()
-    child = subprocess.Popen([sys.executable, ROOT / "export_weights.py", source, "-o", out], stderr=theirs)
+    child = subprocess.Popen([sys.executable, ROOT / "export_weights.py", source, "-o", out],
+                             stderr=theirs)
     expect(child.wait(60), 0)
     shown = os.read(ours, 1 << 16).decode()
     os.close(ours)
@@ -1386,23 +1546,24 @@ def _():
 
 
 @test("a wrong command line is status 2, --help is status 0 and names every option")
-def _():
-    for args in ((), ("a", "b"), ("a", "-o"), ("a", "--nonsense"), ("a", "--out", "b"), ("a", "--dtype=bf16")):
+def command_line():
+    for args in ((), ("a", "b"), ("a", "-o"), ("a", "--nonsense"), ("a", "--out", "b"),
+                 ("a", "--dtype=bf16")):
         done = run_export(*args, cwd=tmpdir())
         expect(done.code, 2, str(args))
         assert "export_weights.py: error: " in done.err and "Traceback" not in done.err, done.err
     for word in ("-h", "--help"):
         done = run_export(word)
         expect((done.code, done.err), (0, ""))
-        for name in ("SOURCE", "-o", "--output", "OUT", "--revision", "config.json", "tokenizer.json",
-                     "model.safetensors"):
+        for name in ("SOURCE", "-o", "--output", "OUT", "--revision", "config.json",
+                     "tokenizer.json", "model.safetensors"):
             assert name in done.text, done.text
 
 
 # ---- About ------------------------------------------------------------------------------------
 
 @test("the file says where it comes from: name, source, revision, licence, attribution, citation")
-def _():
+def where_the_file_comes_from():
     def about(change=lambda source: None, name="model", readme=None):
         top = tmpdir()
         directory = small_source(top, name, change)
@@ -1413,9 +1574,12 @@ def _():
         return ModelFile(top / "out.bin").about
     unknown = {key: "unknown" for key in ("revision", "license", "attribution", "citation")}
     exporter = "export_weights.py, format 1"
-    expect(about(), dict(unknown, name="tiny-random", source="model (tiny-random)", exporter=exporter))
-    expect(about(without("config", "_name_or_path")), dict(unknown, name="model", source="model", exporter=exporter))
-    expect(about(config(_name_or_path=5)), dict(unknown, name="model", source="model", exporter=exporter))
+    expect(about(),
+           dict(unknown, name="tiny-random", source="model (tiny-random)", exporter=exporter))
+    expect(about(without("config", "_name_or_path")),
+           dict(unknown, name="model", source="model", exporter=exporter))
+    expect(about(config(_name_or_path=5)),
+           dict(unknown, name="model", source="model", exporter=exporter))
     expect(about(config(_name_or_path="a\tb\n\x9bc\ud800")),
            dict(unknown, name="a b  c?", source="model (a b  c?)", exporter=exporter))
 

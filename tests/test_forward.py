@@ -8,8 +8,10 @@ from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from harness import KL3M, ROOT, Skip, expect, export, run, run_kl3m, small_directory, small_model, test, tmpdir
-from models import LEGAL_TEXT, SPECIAL, byte_alphabet, make_config, make_weights, repeat_kv, save_model
+from harness import (KL3M, ROOT, Skip, expect, export, run, run_kl3m, small_directory, small_model,
+                     test, tmpdir)
+from models import (LEGAL_TEXT, SPECIAL, byte_alphabet, make_config, make_weights, repeat_kv,
+                    save_model)
 from naive import Naive
 
 TEXT = LEGAL_TEXT[26:]
@@ -19,21 +21,26 @@ SHAPES = {
     "the default tiny shape": {},
     "rotary share 0": {"rotary_pct": 0.0},
     "rotary share 0.25, head size 8": {"num_attention_heads": 6, "rotary_pct": 0.25},
-    "rotary share 1, head size 20": {"hidden_size": 60, "num_attention_heads": 3, "rotary_pct": 1.0},
-    "head size 6, grouped-query": {"hidden_size": 54, "num_attention_heads": 9, "n_kv": 3, "rotary_pct": 0.34},
-    "one KV head, intermediate 37, vocabulary 301": {"n_kv": 1, "intermediate_size": 37, "vocab_size": 301},
+    "rotary share 1, head size 20": {"hidden_size": 60, "num_attention_heads": 3,
+                                     "rotary_pct": 1.0},
+    "head size 6, grouped-query": {"hidden_size": 54, "num_attention_heads": 9, "n_kv": 3,
+                                   "rotary_pct": 0.34},
+    "one KV head, intermediate 37, vocabulary 301": {"n_kv": 1, "intermediate_size": 37,
+                                                     "vocab_size": 301},
     "serial residual": {"use_parallel_residual": False},
     "serial residual, grouped-query, three layers": {
         "use_parallel_residual": False, "n_kv": 2, "num_hidden_layers": 3, "intermediate_size": 97},
-    "one head of 33, hidden size 33": {"hidden_size": 33, "num_attention_heads": 1, "rotary_pct": 0.25},
-    "two heads of 80": {"hidden_size": 160, "num_attention_heads": 2, "num_hidden_layers": 1, "rotary_pct": 0.25},
+    "one head of 33, hidden size 33": {"hidden_size": 33, "num_attention_heads": 1,
+                                       "rotary_pct": 0.25},
+    "two heads of 80": {"hidden_size": 160, "num_attention_heads": 2, "num_hidden_layers": 1,
+                        "rotary_pct": 0.25},
     "rotary base 100.5": {"rotary_emb_base": 100.5, "rotary_pct": 1.0},
     "norm epsilon 0.1": {"layer_norm_eps": 0.1},
 }
 
 # A model and a prompt that cross several blocks of 16 and 32 positions, and fill no block.
-LONG = {"hidden_size": 80, "n_kv": 2, "num_hidden_layers": 3, "intermediate_size": 37, "vocab_size": 301,
-        "rotary_pct": 0.3, "max_position_embeddings": 320}
+LONG = {"hidden_size": 80, "n_kv": 2, "num_hidden_layers": 3, "intermediate_size": 37,
+        "vocab_size": 301, "rotary_pct": 0.3, "max_position_embeddings": 320}
 LONG_TEXT = TEXT[:400]
 
 KINDS = ["avx512", "avx2", "neon", "portable"]
@@ -42,7 +49,8 @@ KINDS = ["avx512", "avx2", "neon", "portable"]
 def logits(model, text, *options, env=None, program=None):
     """The bytes that --logits writes."""
     out = tmpdir() / "logits"
-    done = run_kl3m("-m", model, "--no-escape", "-p", text, "--logits", out, *options, env=env, program=program)
+    done = run_kl3m("-m", model, "--no-escape", "-p", text, "--logits", out, *options, env=env,
+                    program=program)
     expect((done.code, done.err), (0, ""), "kl3m --logits")
     return out.read_bytes()
 
@@ -64,7 +72,8 @@ def rows(data, count):
 def check_close(got, want, bound, what=""):
     expect(list(map(len, got)), list(map(len, want)), "lengths of the rows, " + what)
     far = [abs(a - b) for g, w in zip(got, want) for a, b in zip(g, w)]
-    assert all(d <= bound for d in far), "%s: logits differ by %g" % (what, max(far))  # NaN fails too
+    # NaN fails too.
+    assert all(d <= bound for d in far), "%s: logits differ by %g" % (what, max(far))
 
 
 def generate_one(kind):
@@ -81,7 +90,7 @@ def kinds():
 # ---- Right --------------------------------------------------------------------------------------
 
 @test("logits are within 1e-4 of a plain double-precision pass at awkward shapes")
-def _():
+def awkward_shapes():
     for name, options in SHAPES.items():
         model = small_model(**options)
         ids = tokens(model, TEXT[:90])
@@ -90,15 +99,16 @@ def _():
 
 
 @test("logits are within 1e-4 of the double-precision pass at every position of a long prompt")
-def _():
+def long_prompt():
     model = small_model(**LONG)
     ids = tokens(model, LONG_TEXT)
     assert len(ids) > 200, "the prompt is too short to show anything"
-    check_close(rows(logits(model, LONG_TEXT), len(ids)), Naive(small_directory(**LONG)).logits(ids), 1e-4)
+    check_close(rows(logits(model, LONG_TEXT), len(ids)),
+                Naive(small_directory(**LONG)).logits(ids), 1e-4)
 
 
 @test("weights of BF16 and F16, in several shards, give the logits of the double-precision pass")
-def _():
+def half_precision_weights():
     for dtype in ("BF16", "F16"):
         model = small_model(dtype=dtype, shards=3)
         ids = tokens(model, TEXT[:40])
@@ -107,21 +117,21 @@ def _():
 
 
 @test("an empty prompt has one row of logits, that of <|start|>")
-def _():
+def empty_prompt():
     want = Naive(small_directory()).logits([SPECIAL.index("<|start|>")])
     check_close(rows(logits(small_model(), ""), 1), want, 1e-4)
 
 
 def references():
     paths = sorted((ROOT / "tests" / "references").glob("forward-*.json"))
-    assert paths, "tests/references is empty: make_references.py fills it"
+    assert paths, "tests/references is empty: tests/make/make_references.py fills it"
     for path in paths:
         kept = json.loads(path.read_text(encoding="utf-8"))
         yield path.stem, kept
 
 
 @test("logits are within 1e-4 of those of transformers in fp32 (kept references)")
-def _():
+def logits_of_transformers():
     for name, kept in references():
         model = small_model(**kept["options"])
         expect(tokens(model, kept["text"]), kept["ids"], name + ": tokens")
@@ -130,7 +140,7 @@ def _():
 
 
 @test("the double-precision pass itself agrees with transformers (kept references)")
-def _():
+def naive_agrees_with_transformers():
     for name, kept in references():
         got = Naive(small_directory(**kept["options"])).logits(kept["ids"])
         check_close([got[p] for p in kept["positions"]], kept["logits"], 5e-5, name)
@@ -149,17 +159,17 @@ def token_bytes(directory):
 
 
 @test("the greedy continuation is that of transformers (kept references)")
-def _():
+def greedy_as_transformers():
     for name, kept in references():
         table = token_bytes(small_directory(**kept["options"]))
         want = b"".join(table.get(i, b"") for i in kept["greedy"])
-        done = run_kl3m("-m", small_model(**kept["options"]), "--no-escape", "-p", kept["text"], "--no-echo",
-                        "-n", len(kept["greedy"]), "-t", 0, "--ignore-eos")
+        done = run_kl3m("-m", small_model(**kept["options"]), "--no-escape", "-p", kept["text"],
+                        "--no-echo", "-n", len(kept["greedy"]), "-t", 0, "--ignore-eos")
         expect((done.out, done.code), (want + b"\n", 0), name)
 
 
 @test("a prompt may fill the whole context with --logits, and not pass it")
-def _():
+def full_context():
     model = small_model()
     text = "a " * 64  # a space is a token of its own: two tokens each
     expect(len(logits(model, text)), 128 * 520 * 4, "bytes of logits")
@@ -177,12 +187,14 @@ def check_same(want, settings):
         got = logits(model, LONG_TEXT, *options, env=env, program=program)
         if got != want:
             where = [at // 4 for at in range(0, len(want), 4) if got[at:at + 4] != want[at:at + 4]]
-            raise AssertionError("with %s %s %d of %d logits have other bits, the first in row %d" % (
-                options, env or "", len(where), len(want) // 4, where[0] // 301))
+            raise AssertionError(
+                "with %s %s %d of %d logits have other bits, the first in row %d" % (
+                    options, env or "", len(where), len(want) // 4, where[0] // 301))
 
 
-@test("logits are the same bytes for any number of threads, rows in a pass, and set of instructions")
-def _():
+@test("logits are the same bytes for any number of threads, rows in a pass, and set of "
+      "instructions")
+def same_bytes_however_computed():
     want = logits(small_model(**LONG), LONG_TEXT)
     threads = [["-j", j] for j in (1, 2, 3, 7)]
     passes = [["--rows", n] for n in (1, 7, 64, 320)]
@@ -192,24 +204,28 @@ def _():
     check_same(want, [(j + n, env, None) for j, n, env in itertools.product(
         threads[::2], passes[::3] + [["--rows", 12]], environments)])
     # Heads of five and more panels, a query alone in its pass: other ways through the kernels.
-    heads = small_model(hidden_size=160, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=320)
+    heads = small_model(hidden_size=160, num_attention_heads=2, num_hidden_layers=1,
+                        max_position_embeddings=320)
     want = logits(heads, LONG_TEXT)
     for n, env in itertools.product(passes[:3], environments):
         assert logits(heads, LONG_TEXT, *n, env=env) == want, (n, env)
 
 
 @test("a row of logits does not depend on the tokens after it")
-def _():
+def later_tokens_change_nothing():
     model, width = small_model(**LONG), 301 * 4
     want = logits(model, LONG_TEXT)
     ends = [at for at, letter in enumerate(LONG_TEXT) if letter == " "]
-    for end in ends[::4]:  # text that ends before a space is the same tokens with the space or without
+    # Text that ends before a space is the same tokens with the space or without.
+    for end in ends[::4]:
         got = logits(model, LONG_TEXT[:end])
-        assert want.startswith(got), "the first %d tokens have other logits alone" % (len(got) // width)
+        assert want.startswith(got), (
+            "the first %d tokens have other logits alone" % (len(got) // width))
 
 
-@test("a grouped-query model has the logits of the multi-head model with its KV heads repeated, to the last bit")
-def _():
+@test("a grouped-query model has the logits of the multi-head model with its KV heads repeated, to "
+      "the last bit")
+def grouped_query_is_multi_head():
     for heads, n_kv in ((6, 2), (6, 3), (4, 1)):
         config = make_config(num_attention_heads=heads)
         weights = make_weights(config, n_kv, seed=heads + n_kv)
@@ -222,12 +238,14 @@ def _():
 
 
 @test("generation gives the same bytes for the same prompt, seed and options")
-def _():
+def generation_repeats():
     model = small_model(**LONG)
-    lines = (TEXT[:60].replace("\n", " ") + "\n" + TEXT[100:260].replace("\n", " ") + "\n\nThe\n").encode()
+    lines = (TEXT[:60].replace("\n", " ") + "\n" + TEXT[100:260].replace("\n", " ")
+             + "\n\nThe\n").encode()
     for sampling in (["-t", 0], ["-t", 1, "-k", 0, "-r", 3]):
         def generate(*options, **env):
-            done = run_kl3m("-m", model, "-n", 50, "--json", "-s", 7, *sampling, *options, input=lines, env=env)
+            done = run_kl3m("-m", model, "-n", 50, "--json", "-s", 7, *sampling, *options,
+                            input=lines, env=env)
             expect((done.code, done.err), (0, ""), "kl3m %s" % (options,))
             return done.out
         want = generate("-j", 1)
@@ -240,7 +258,7 @@ def _():
 
 
 @test("a set of instructions that the CPU lacks, or that nobody knows, is an error")
-def _():
+def unknown_instructions():
     for kind in set(KINDS) - set(kinds()) | {"mmx"}:
         done = generate_one(kind)
         expect((done.out, done.code), (b"", 1), kind)
@@ -248,9 +266,10 @@ def _():
 
 
 @test("every set of instructions that the system says the CPU has is used")
-def _():
+def every_instruction_set_is_used():
     cpuinfo = Path("/proc/cpuinfo")
-    if platform.machine() != "x86_64" or not cpuinfo.exists() or KL3M.read_bytes()[18:20] != b"\x3e\x00":
+    if (platform.machine() != "x86_64" or not cpuinfo.exists()
+        or KL3M.read_bytes()[18:20] != b"\x3e\x00"):
         raise Skip("only x86-64 Linux lists them, and only for a program built for it")
     flags = set(cpuinfo.read_text().split())
     expect("avx2" in kinds(), {"avx2", "fma"} <= flags, "avx2")
@@ -266,7 +285,8 @@ def build(compiler, flags):
         shutil.copy(ROOT / name, directory)
     # What `make test` was given must not reach this make.
     env = {"MAKEFLAGS": None, "MFLAGS": None, "MAKELEVEL": None}
-    done = run(["make", "-C", directory, "kl3m", "CC=" + compiler, "CFLAGS=" + flags], env=env, timeout=300)
+    done = run(["make", "-C", directory, "kl3m", "CC=" + compiler, "CFLAGS=" + flags], env=env,
+               timeout=300)
     expect(done.code, 0, done.err)
     return directory / "kl3m"
 
@@ -279,13 +299,14 @@ def check_builds(compilers, levels):
 
 
 @test("the compiler builds the same bytes at -O1 and -O3")
-def _():
+def compiler_at_two_levels():
     check_builds([os.environ.get("CC", "cc")], ["-O1", "-O3"])
 
 
 @test("gcc and clang build the same bytes at -O0 to -O3")
-def _():
+def compilers_at_all_levels():
     if os.environ.get("KL3M_TEST_SLOW") != "1":
         raise Skip("takes half a minute; KL3M_TEST_SLOW=1 runs it")
     check_builds([c for c in ("gcc", "clang") if shutil.which(c)],
-                 ["-O0", "-O1", "-O2", "-O3", "-O3 -march=native", "-O3 -funsafe-math-optimizations"])
+                 ["-O0", "-O1", "-O2", "-O3", "-O3 -march=native",
+                  "-O3 -funsafe-math-optimizations"])

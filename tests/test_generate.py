@@ -102,8 +102,9 @@ def file_of(prompts):
 
 # ---- Where a text ends ------------------------------------------------------------------------
 
-@test("a continuation ends at <|end|>, at -n, at the context's end or before a stop text, and JSON says which")
-def _():
+@test("a continuation ends at <|end|>, at -n, at the context's end or before a stop text, and "
+      "JSON says which")
+def ends_of_continuations():
     # prompt, options, continuation, tokens drawn, reason
     whole = ODD.decode() + ";"
     cases = [
@@ -124,7 +125,7 @@ def _():
         ("Q", ["--stop", "ZJK", "-n", 4], "X", 4, "stop"),
         ("Q", ["--stop", "KW", "--stop", "ZJ"], "X", 3, "stop"),
         ("Q", ["--stop", "ZJ", "--stop", "KW"], "X", 3, "stop"),
-        ("Q", ["--stop", "Z", "--stop", "XZ"], "", 2, "stop"),       # both end there, this one begins first
+        ("Q", ["--stop", "Z", "--stop", "XZ"], "", 2, "stop"),       # both end there; this is first
         ("Q", ["--stop", "ZJKW", "--stop", "JK"], "XZ", 4, "stop"),  # this one is whole first
         ("Q", ["--stop", "ZK"], "XZJKW", 6, "eos"),
         ("Q", ["--stop", "KWQ"], "XZJKW", 6, "eos"),                 # waited for in vain
@@ -132,10 +133,11 @@ def _():
         ("Q", ["--stop", "W", "--ignore-eos"], "XZJK", 5, "stop"),
         ("Q", ["--stop", "W#", "--ignore-eos"], "XZJK", 7, "stop"),  # <|end|> has no text
         ("Q", ["--stop=-x", "--stop=--"], "XZJKW", 6, "eos"),
-        ("Q", ["--stop", "Q"], "XZJKW", 6, "eos"),                   # in the prompt it does not count
+        ("Q", ["--stop", "Q"], "XZJKW", 6, "eos"),                   # not counted in the prompt
         ("Q", ["--stop", "QX"], "XZJKW", 6, "eos"),                  # nor where it begins there
         ("XQ", ["--stop", "X"], "", 1, "stop"),
-        ("Q", list(itertools.chain.from_iterable(["--stop", c] for c in "abcdefghijklmnopqrstuvK")), "XZJ", 4, "stop"),
+        ("Q", list(itertools.chain.from_iterable(["--stop", c] for c in "abcdefghijklmnopqrstuvK")),
+         "XZJ", 4, "stop"),
         ("@", [], WORD + "&", 3, "eos"),
         ("@", ["--stop", WORD[1:3]], WORD[:1], 1, "stop"),           # inside one token
         ("@", ["--stop", WORD[-1] + "&"], WORD[:-1], 2, "stop"),
@@ -147,7 +149,7 @@ def _():
         ("$", ["--stop", r"\0"], "\n\t\r", 4, "stop"),
         ("$", ["--stop", r"\t", "--no-escape"], whole, 9, "eos"),
         ("$", ["--stop", "\\", "--no-escape"], "\n\t\r\0", 5, "stop"),
-        ("=", [], "~", 3, "eos"),                                    # a row without a token has no text
+        ("=", [], "~", 3, "eos"),  # a row without a token has no text
         ("=", ["--stop", "~"], "", 2, "stop"),
     ]
     for prompt, args, want, drawn, reason in cases:
@@ -157,31 +159,36 @@ def _():
                ([prompt + want], [drawn], [reason]), what)
         full = (prompt + want).encode()
         expect(kl3m("-p", prompt, *args).out, full + b"\n", what + ", streamed")
-        expect(kl3m(*args, input=prompt.encode() + b"\n").out, escape(full) + b"\n", what + ", as a line")
-        expect(kl3m("-p", prompt, *args, "--no-echo").out, want.encode() + b"\n", what + ", no echo")
+        expect(kl3m(*args, input=prompt.encode() + b"\n").out, escape(full) + b"\n",
+               what + ", as a line")
+        expect(kl3m("-p", prompt, *args, "--no-echo").out, want.encode() + b"\n",
+               what + ", no echo")
 
 
 @test("by default 128 tokens are drawn, at temperature 0.3 from the 50 likeliest")
-def _():
+def sampling_defaults():
     model = small_model(max_position_embeddings=300)
     default, = objects("-p", "Section", "-s", 5, "--ignore-eos", model=model)
     expect(default["new_tokens"], [128])
-    said, = objects("-p", "Section", "-s", 5, "--ignore-eos", "-n128", "-t", ".3", "-k50", "--top-p=1", "--min-p=0",
-                    "--repetition-penalty=1", "-r1", model=model)
+    said, = objects("-p", "Section", "-s", 5, "--ignore-eos", "-n128", "-t", ".3", "-k50",
+                    "--top-p=1", "--min-p=0", "--repetition-penalty=1", "-r1", model=model)
     expect(said, default)
 
 
 @test("a prompt may fill the context with -n 0, and one token less leaves room for one token")
-def _():
-    for length, args, new in [(CONTEXT, ["-n", 0], 0), (CONTEXT - 1, ["-n", 1], 1), (CONTEXT - 1, [], 1),
-                              (CONTEXT - 1, ["-n", 99], 1)]:
+def room_for_the_prompt():
+    for length, args, new in [(CONTEXT, ["-n", 0], 0), (CONTEXT - 1, ["-n", 1], 1),
+                              (CONTEXT - 1, [], 1), (CONTEXT - 1, ["-n", 99], 1)]:
         got, = objects("-p", "X" * (length - 1) + "Q", *args)
-        expect((got["prompt_tokens"], got["new_tokens"], got["finish_reason"]), (length, [new], ["length"]))
+        expect((got["prompt_tokens"], got["new_tokens"], got["finish_reason"]),
+               (length, [new], ["length"]))
 
 
-@test("a prompt that does not fit is refused: status 3, a message with its line, the figures and the remedy")
-def _():
-    for length, args in [(CONTEXT + 1, ["-n", 0]), (CONTEXT, ["-n", 1]), (CONTEXT, []), (5 * CONTEXT, [])]:
+@test("a prompt that does not fit is refused: status 3, a message with its line, the figures "
+      "and the remedy")
+def too_long_prompts():
+    for length, args in [(CONTEXT + 1, ["-n", 0]), (CONTEXT, ["-n", 1]), (CONTEXT, []),
+                         (5 * CONTEXT, [])]:
         long = b"Q" * length
         lines = kl3m(*args, "-t0", input=b"Q\n" + long + b"\nQ\n", code=3)
         expect(lines.out.split(b"\n")[1:], [b"", lines.out.split(b"\n")[0], b""])
@@ -201,8 +208,9 @@ def _():
         expect(several.out[3:], lines.out[:lines.out.index(b"\n") + 1] * 3)
 
 
-@test("--truncate takes tokens from its side of a long prompt until the new ones fit, and only then")
-def _():
+@test("--truncate takes tokens from its side of a long prompt until the new ones fit, "
+      "and only then")
+def truncation():
     model, n = small_model(), 28
     letters = "".join(random.Random(3).choice("QXZJKW@#") for _ in range(300))
     expect(len(tokenize(model, [letters.encode()])[0]), 300, "each letter is a token")
@@ -226,7 +234,7 @@ def _():
 # ---- How a text is written --------------------------------------------------------------------
 
 @test("on lines newline, return, tab, NUL and backslash are escaped; a single prompt's text is raw")
-def _():
+def escaped_lines():
     text = b"$" + ODD + b";"
     expect(kl3m("-p", "$").out, text + b"\n")
     for args in ([], ["--no-escape"]):
@@ -237,18 +245,20 @@ def _():
     expect(got["generated_text"], [text.decode()])
 
 
-@test("with -0 texts go in and come out as they are and end in NUL; a NUL that the model makes is U+FFFD")
-def _():
+@test("with -0 texts go in and come out as they are and end in NUL; a NUL that the model "
+      "makes is U+FFFD")
+def nul_separated_texts():
     want = (b"$" + ODD + b";").replace(b"\0", "\ufffd".encode())
     expect(kl3m("-0", input=b"$\0$").out, (want + b"\0") * 2)
     expect(kl3m("-0", "-n0", input=b"a\nb\0\0\\n\r\n\0").out, b"a\nb\0\0\\n\r\n\0")
     expect(kl3m("-0", input=b"").out, b"")
     expect(kl3m("-0", "-r2", "-n0", input=b"a\0b\0").out, b"a\0a\0b\0b\0")
-    expect([o["generated_text"] for o in objects("-0", input=b"$\0Q\0")], [["$" + ODD.decode() + ";"], ["QXZJKW"]])
+    expect([o["generated_text"] for o in objects("-0", input=b"$\0Q\0")],
+           [["$" + ODD.decode() + ";"], ["QXZJKW"]])
 
 
 @test("bytes that are not UTF-8 come out as they are, and in JSON as Python's replace has them")
-def _():
+def bytes_that_are_not_utf8():
     expect(kl3m("-p", "^").out, b"^" + NOT_UTF8 + b"\n")
     expect(kl3m(input=b"^\n").out, b"^" + NOT_UTF8 + b"\n")
     got, = objects("-p", "^")
@@ -266,8 +276,9 @@ def _():
         expect(kl3m("--no-escape", "-n0", input=b"\n".join(lines)).out, b"\n".join(lines) + b"\n")
 
 
-@test("a single prompt's text comes as it is made, in whole characters, with one newline more at its end")
-def _():
+@test("a single prompt's text comes as it is made, in whole characters, with one newline "
+      "more at its end")
+def text_as_it_is_made():
     # Over a datagram socket each write of the program is a packet of its own.
     def packets(*args):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -284,7 +295,8 @@ def _():
                     got.append(ours.recv(1 << 16))
             except BlockingIOError:
                 return got
-    for args, want in [(["-p", "%"], b"%" + EURO_E_SMILE + b"!\n"), (["-p", "%", "--no-echo"], EURO_E_SMILE + b"!\n"),
+    for args, want in [(["-p", "%"], b"%" + EURO_E_SMILE + b"!\n"),
+                       (["-p", "%", "--no-echo"], EURO_E_SMILE + b"!\n"),
                        (["-p", "Q"], b"QXZJKW\n"), (["-p", "Q", "--stop", "KWQ"], b"QXZJKW\n")]:
         got = packets(*args)
         expect(b"".join(got), want)
@@ -298,14 +310,16 @@ def _():
 # ---- JSON -------------------------------------------------------------------------------------
 
 @test("--json gives one object a prompt with the contract's members, in raw UTF-8")
-def _():
-    prompts = ["Q", "", "This Agreement § shall\n\t\"be\" \\ governed\0\x1f\x7f", "%", "  spaces  ", "😀 é €"]
+def json_members():
+    prompts = ["Q", "", "This Agreement § shall\n\t\"be\" \\ governed\0\x1f\x7f", "%",
+               "  spaces  ", "😀 é €"]
     model = small_model()
     counts = [len(ids) for ids in tokenize(model, [p.encode() for p in prompts])]
     got = objects("-n9", "-r2", "-t1", model=model, input=file_of(prompts))
     expect(len(got), len(prompts))
     for one, prompt, count in zip(got, prompts, counts):
-        expect(sorted(one), ["finish_reason", "generated_text", "new_tokens", "prompt", "prompt_tokens", "seed"])
+        expect(sorted(one),
+               ["finish_reason", "generated_text", "new_tokens", "prompt", "prompt_tokens", "seed"])
         expect((one["prompt"], one["prompt_tokens"]), (prompt, count))
         for name in ("generated_text", "finish_reason", "new_tokens"):
             expect(len(one[name]), 2, name)
@@ -315,7 +329,8 @@ def _():
         assert type(one["seed"]) is int and 0 <= one["seed"] < 2 ** 53
     raw = kl3m("--json", "-p", "%").out
     assert EURO_E_SMILE in raw and raw.count(b"\n") == 1, raw
-    expect([o["generated_text"] for o in objects("--no-echo", input=b"Q\n%\n")], [["XZJKW"], ["€é😀!"]])
+    expect([o["generated_text"] for o in objects("--no-echo", input=b"Q\n%\n")],
+           [["XZJKW"], ["€é😀!"]])
     expect(objects(input=b""), [])
     expect(len(objects("-0", "-n0", input=b"Q\nQ\0Q")), 2)
 
@@ -327,18 +342,21 @@ PROMPTS = ["Governing Law.\n", "", "Under this", "Q", "This Agreement shall be g
 SAMPLED = ["-t1", "-n20"]
 
 
-@test("with -s each result depends on nothing but its own prompt, number, seed and sampling options")
-def _():
+@test("with -s each result depends on nothing but its own prompt, number, seed and "
+      "sampling options")
+def seeded_results_stand_alone():
     model, seed = small_model(), ["-s", 1234]
     alone = {p: objects("-p", p, "-r3", *seed, *SAMPLED, model=model)[0] for p in PROMPTS}
 
     def check(prompts, *args, input=None, r=3):
-        for one, prompt in zip(objects(*args, "-r", r, *seed, *SAMPLED, model=model, input=input), prompts):
+        for one, prompt in zip(objects(*args, "-r", r, *seed, *SAMPLED, model=model, input=input),
+                               prompts):
             for name in ("generated_text", "finish_reason", "new_tokens"):
-                expect(one[name], alone[prompt][name][:r], "%s of %r with %r" % (name, prompt, args))
+                expect(one[name], alone[prompt][name][:r],
+                       "%s of %r with %r" % (name, prompt, args))
             expect(one["seed"], 1234)
-    for args in ([], ["-j1"], ["-j2"], ["-j3"], ["--rows", 1], ["--rows", 3], ["-b1"], ["--batch=2"], ["-b99"],
-                 ["-j2", "--rows", 5, "-b3"]):
+    for args in ([], ["-j1"], ["-j2"], ["-j3"], ["--rows", 1], ["--rows", 3], ["-b1"],
+                 ["--batch=2"], ["-b99"], ["-j2", "--rows", 5, "-b3"]):
         check(PROMPTS, *args, input=file_of(PROMPTS))
     for r in (1, 2):
         check(PROMPTS, input=file_of(PROMPTS), r=r)
@@ -357,22 +375,25 @@ def _():
 
 
 @test("continuations of a prompt differ, and so do seeds and prompts with the same seed")
-def _():
+def continuations_differ():
     # 60 fair coins fall alike once in 2^60 runs.
     coins = ["-t1", "-k0", "-n60", "--no-echo"]
 
     def flips(*args, input=None):
-        return [text for one in objects(*coins, *args, input=input) for text in one["generated_text"]]
-    texts = flips("-s", 0, "-r5", input=b"<\na\nb\n<<\n") + flips("-s", 1, "-r5", input=b"<\na\nb\n<<\n") \
-        + flips("-s", 2 ** 53 - 1, input=b"<\n")
+        return [text for one in objects(*coins, *args, input=input)
+                for text in one["generated_text"]]
+    texts = (flips("-s", 0, "-r5", input=b"<\na\nb\n<<\n")
+             + flips("-s", 1, "-r5", input=b"<\na\nb\n<<\n")
+             + flips("-s", 2 ** 53 - 1, input=b"<\n"))
     expect(len(set(texts)), len(texts))
     assert all(set(text) == {"a", "b"} for text in texts), texts
     share = sum(text.count("a") for text in texts) / (60 * len(texts))
-    assert 0.44 < share < 0.56, "a share of %g of 2460 fair coins is heads" % share  # six standard deviations
+    # Six standard deviations.
+    assert 0.44 < share < 0.56, "a share of %g of 2460 fair coins is heads" % share
 
 
 @test("-r gives R lines a prompt in the order of the prompts, and the first does not depend on R")
-def _():
+def numbered_continuations():
     three = kl3m("-r3", "-s5", "-t1", "-n12", input=b"<\nQ\na\n").out.split(b"\n")
     one = kl3m("-s5", "-t1", "-n12", input=b"<\nQ\na\n").out.split(b"\n")
     expect(len(three), 10)
@@ -380,13 +401,14 @@ def _():
     expect([line[:1] for line in three], [b"<"] * 3 + [b"Q"] * 3 + [b"a"] * 3 + [b""])
     expect(three[3:6], [b"QXZJKW"] * 3)
     expect(kl3m("-r3", "-s5", "-t1", "-n12", "-p", "a").out.split(b"\n")[:3], three[6:9])
-    texts = [text for o in objects("-r3", "-s5", "-t1", "-n12", input=b"<\nQ\na\n") for text in o["generated_text"]]
+    texts = [text for o in objects("-r3", "-s5", "-t1", "-n12", input=b"<\nQ\na\n")
+             for text in o["generated_text"]]
     expect([text.encode() for text in texts], three[:9])
     expect(kl3m("-r200", "-n0", input=b"a\nb\n").out, b"a\n" * 200 + b"b\n" * 200)
 
 
 @test("without -s each prompt draws a seed, which JSON and -v report and -s takes")
-def _():
+def drawn_seeds():
     coins = ["-t1", "-n60"]
     got = objects(*coins, input=b"<\n<\n<\n")
     for name in ("seed", "generated_text"):
@@ -411,9 +433,10 @@ def last_logits(prompt, model=None):
 
 
 @test("-t 0 takes the largest of --logits' last row, and of equal ones the lower id")
-def _():
+def greedy_takes_the_largest():
     model = small_model()
-    prompts = ["", "Q", "Section 1.", "shall be", "7 and 12", "é", "the laws of the State of", "(a) Notices. "]
+    prompts = ["", "Q", "Section 1.", "shall be", "7 and 12", "é", "the laws of the State of",
+               "(a) Notices. "]
     best = []
     for prompt in prompts:
         row = last_logits(prompt, model)
@@ -426,21 +449,23 @@ def _():
     expect(kl3m("-t0", "-n9", "-p", "<").out, b"<" + b"a" * 9 + b"\n")
 
 
-@test("options that leave one candidate give the greedy text, and of equal candidates the lower id stays")
-def _():
+@test("options that leave one candidate give the greedy text, and of equal candidates the "
+      "lower id stays")
+def one_candidate_is_greedy():
     model = small_model()
     greedy = kl3m("-t0", "-n20", model=model, input=file_of(PROMPTS)).out
-    for args in (["-k1", "-t1"], ["--top-p=0", "-t1"], ["--min-p=1", "-t1"], ["-t", "1e-30"], ["-t", "1e-300"],
-                 ["-t0", "-k7", "--top-p=.5", "--min-p=.1"], ["-t0", "-s3"]):
+    for args in (["-k1", "-t1"], ["--top-p=0", "-t1"], ["--min-p=1", "-t1"], ["-t", "1e-30"],
+                 ["-t", "1e-300"], ["-t0", "-k7", "--top-p=.5", "--min-p=.1"], ["-t0", "-s3"]):
         expect(kl3m(*args, "-n20", model=model, input=file_of(PROMPTS)).out, greedy, " ".join(args))
     for args in (["-k1"], ["--top-p=.4"], ["-k2", "--top-p=.4"]):
         expect(kl3m(*args, "-t1", "-n30", "-p", "<").out, b"<" + b"a" * 30 + b"\n", " ".join(args))
     hot = kl3m("-t", "1e300", "-n30", "--ignore-eos", "-p", "Q", "--no-echo").out
-    assert b"XZJKW" not in hot, "at a great temperature the 50 likeliest are equally likely: %r" % hot
+    assert b"XZJKW" not in hot, (
+        "at a great temperature the 50 likeliest are equally likely: %r" % hot)
 
 
 @test("--repetition-penalty bears on the tokens of the prompt and of the continuation")
-def _():
+def penalty_bears_on_prompt_and_continuation():
     def text(*args):
         return kl3m("-t0", "-n4", "--no-echo", *args).out
     expect(text("-p", "#"), b"####\n")
@@ -451,9 +476,11 @@ def _():
 
 # ---- Ids and logits ---------------------------------------------------------------------------
 
-@test("--tokenize gives a line of ids for each prompt, and --detokenize the texts again as lines or with -0 raw")
-def _():
-    texts = models.LEGAL_TEXT.split("\n") + ["", " ", "a\tb\n\r\\", "\\n", "Q" * 500, "é€😀", "  (a)  1998\n\n\n"]
+@test("--tokenize gives a line of ids for each prompt, and --detokenize the texts again as lines "
+      "or with -0 raw")
+def tokenize_and_back():
+    texts = (models.LEGAL_TEXT.split("\n")
+             + ["", " ", "a\tb\n\r\\", "\\n", "Q" * 500, "é€😀", "  (a)  1998\n\n\n"])
     ids = kl3m("--tokenize", input=file_of(texts)).out
     expect(ids.count(b"\n"), len(texts))
     assert re.fullmatch(rb"((\d+( \d+)*)?\n)*", ids), ids
@@ -463,23 +490,26 @@ def _():
     expect(kl3m("--tokenize", "-0", input=raw).out, ids, "ids are on lines with -0 too")
 
 
-@test("special tokens in a prompt are tokens or, with --no-special, plain text, and the echo is the prompt as given")
-def _():
+@test("special tokens in a prompt are tokens or, with --no-special, plain text, and the echo is "
+      "the prompt as given")
+def special_tokens_in_prompts():
     for text in ("Q<|end|>Q", "<|start|>", "<|mask|><|pad|>", "<|end", "a <|sep|> b"):
         special, = tokenize(chain_model(), [text.encode()])
         plain, = tokenize(chain_model(), [text.encode()], "--no-special")
         expect([models.SPECIAL[i] for i in special if i < 7], re.findall(r"<\|\w+\|>", text))
         assert not [i for i in plain if i < 7], plain
         expect(detokenize(chain_model(), [plain, special]),
-               [text.encode(), re.sub(r"<\|\w+\|>", "", text).encode()], "special tokens have no text")
+               [text.encode(), re.sub(r"<\|\w+\|>", "", text).encode()],
+               "special tokens have no text")
         for args in ([], ["--no-special"]):
             expect(kl3m("-n0", "-p", text, *args).out.decode(), text + "\n")
     expect(kl3m("-p", "<|start|>", "--no-echo").out, b"?\n")
     assert kl3m("-p", "<|start|>", "--no-echo", "--no-special").out != b"?\n"
 
 
-@test("--logits writes [tokens][vocabulary] numbers of fp32 and nothing else, for an empty prompt one row")
-def _():
+@test("--logits writes [tokens][vocabulary] numbers of fp32 and nothing else, for an empty "
+      "prompt one row")
+def logits_file():
     model = small_model()
     for text in ("Q", "Governing Law.\n", "", "Q" * (CONTEXT - 1), "Q" * CONTEXT):
         path = tmpdir() / "logits"

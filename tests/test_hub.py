@@ -1,7 +1,7 @@
 """export_weights.py and the hub: a local server that answers as the hub does, or as it should not.
 
-Nothing leaves 127.0.0.1. A second port there is the other host that the hub sends clients to for large
-files. live_hub.py shows that the real huggingface_hub takes this server for the hub.
+Nothing leaves 127.0.0.1. A second port there is the other host that the hub sends clients to for
+large files. live/hub.py shows that the real huggingface_hub takes this server for the hub.
 """
 import collections
 import contextlib
@@ -65,8 +65,8 @@ def git_hash(data):
 
 
 class FakeHub:
-    """One model with its files, and what was asked for it. faults[host, method, name] is a list of functions
-    that change the next answers, one each; the last stays in force if it is `always`."""
+    """One model with its files, and what was asked for it. faults[host, method, name] is a list of
+    functions that change the next answers, one each; the last stays in force if it is `always`."""
 
     def __init__(self, files):
         self.files, self.revisions = files, {"main": COMMIT, COMMIT: COMMIT}
@@ -111,7 +111,8 @@ class FakeHub:
                             answer.pause.wait(20)
                         self.wfile.write(answer.body[half:])
                 if answer.reset:
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                               struct.pack("ii", 1, 0))
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
@@ -127,7 +128,8 @@ class FakeHub:
         cached = re.fullmatch("/api/resolve-cache/models/%s/%s/[^/]+" % (MODEL, COMMIT), path)
         found = re.fullmatch("/([^/]+/[^/]+)/resolve/([^/]+)/[^/]+", path)
         if not cached and (not found or found[1] != MODEL):
-            return Answer(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
+            return Answer(401, {"X-Error-Code": "RepoNotFound",
+                                "X-Error-Message": "Invalid username or password."})
         commit = COMMIT if cached else self.revisions.get(unquote(found[2]))
         if not commit:
             return Answer(404, {"X-Error-Code": "RevisionNotFound"})
@@ -138,20 +140,26 @@ class FakeHub:
         if name.endswith(".safetensors"):
             location = "%s/%s?Signature=abc&Expires=1/%s" % (self.other, MODEL, name)
             return Answer(302, {**linked, "ETag": '"of-the-redirect"',
-                                "Location": location.replace("?", "/%s?" % name)}, b"Found. Redirecting")
+                                "Location": location.replace("?", "/%s?" % name)},
+                          b"Found. Redirecting")
         if name == "tokenizer.json" and not cached:   # a redirect to the same host
-            return Answer(307, {"X-Repo-Commit": commit, "Location": "/api/resolve-cache/models/%s/%s/%s?etag=%s"
-                                % (MODEL, commit, name, etag.replace('"', "%22"))}, b"Temporary Redirect")
-        return ranged(data, headers, {"X-Repo-Commit": commit, "ETag": 'W/' + etag if cached else etag})
+            return Answer(307, {"X-Repo-Commit": commit,
+                                "Location": "/api/resolve-cache/models/%s/%s/%s?etag=%s"
+                                % (MODEL, commit, name, etag.replace('"', "%22"))},
+                          b"Temporary Redirect")
+        return ranged(data, headers,
+                      {"X-Repo-Commit": commit, "ETag": 'W/' + etag if cached else etag})
 
     def cdn(self, path, name, headers):
         if "Authorization" in headers:
             return Answer(400)   # as S3 does with two kinds of authorization
-        return ranged(self.files[name], headers, {"ETag": '"%s-2"' % hashlib.md5(name.encode()).hexdigest()})
+        return ranged(self.files[name], headers,
+                      {"ETag": '"%s-2"' % hashlib.md5(name.encode()).hexdigest()})
 
     def asked(self, *hosts):
         """Method and file of each request, those of the hub or the other host or both."""
-        return [(request.method, request.name) for request in self.log if request.host in (hosts or ("hub", "cdn"))]
+        return [(request.method, request.name) for request in self.log
+                if request.host in (hosts or ("hub", "cdn"))]
 
 
 def ranged(data, headers, more):
@@ -213,16 +221,20 @@ def model_files(shards=1):
     if shards == 1:
         source.write(directory)
     else:
-        tensors = {name: (shape, array("f", data)) for name, (_, shape, data) in source.tensors.items()}
-        models.save_model(directory, source.config, tensors, shards=shards, tokenizer=source.tokenizer)
+        tensors = {name: (shape, array("f", data))
+                   for name, (_, shape, data) in source.tensors.items()}
+        models.save_model(directory, source.config, tensors, shards=shards,
+                          tokenizer=source.tokenizer)
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def clean(environment):
     """The environment without what speaks of proxies, caches and the hub, and with this."""
     kept = {name: value for name, value in os.environ.items()
-            if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "XDG_")) and not name.lower().endswith("_proxy")}
-    return {**kept, **{name: str(value) for name, value in environment.items() if value is not None}}
+            if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "XDG_"))
+            and not name.lower().endswith("_proxy")}
+    return {**kept,
+            **{name: str(value) for name, value in environment.items() if value is not None}}
 
 
 class Case:
@@ -249,9 +261,11 @@ class Case:
 
     def start(self, code="", **environment):
         """The same in a process of its own, after these lines of Python."""
-        lines = ("import resource, shutil, sys\nsys.dont_write_bytecode = True\nimport export_weights\n"
+        lines = ("import resource, shutil, sys\nsys.dont_write_bytecode = True\n"
+                 "import export_weights\n"
                  "export_weights.BACK_OFF = 0.01\n%s\nsys.exit(export_weights.main())" % code)
-        return subprocess.Popen([sys.executable, "-c", lines, MODEL, "-o", self.out], stderr=subprocess.PIPE,
+        return subprocess.Popen([sys.executable, "-c", lines, MODEL, "-o", self.out],
+                                stderr=subprocess.PIPE,
                                 env=dict(self.environment(**environment), PYTHONPATH=str(ROOT)))
 
     def blob(self, name, more=""):
@@ -274,9 +288,11 @@ class Case:
             directory.mkdir()
             for name, data in self.hub.files.items():
                 (directory / name).write_bytes(data)
-            expect(run_inside(directory, "-o", self.top / "plain.bin")[0], 0, "the directory's export")
+            expect(run_inside(directory, "-o", self.top / "plain.bin")[0], 0,
+                   "the directory's export")
         want, got = ModelFile(self.top / "plain.bin"), ModelFile(self.out)
-        expect((got.about["source"], got.about["revision"], got.about["name"]), (MODEL, COMMIT, "tiny.model-1"))
+        expect((got.about["source"], got.about["revision"], got.about["name"]),
+               (MODEL, COMMIT, "tiny.model-1"))
         expect(list(got.sections), list(want.sections), "sections")
         for name in set(got.sections) - {"about"}:
             assert got.sections[name] == want.sections[name], name
@@ -289,7 +305,8 @@ class Case:
                {name: "../../blobs/" + self.hub.etag(name) for name in files}, "the snapshot")
         for name in files:
             assert self.blob(name).read_bytes() == self.hub.files[name], name
-        expect(len(list(self.folder.glob("blobs/*"))), len({self.hub.etag(name) for name in files}), "blobs")
+        expect(len(list(self.folder.glob("blobs/*"))),
+               len({self.hub.etag(name) for name in files}), "blobs")
         if revision != COMMIT:
             expect((self.folder / "refs" / revision).read_text(), COMMIT, "the ref")
 
@@ -311,39 +328,46 @@ class Case:
 # ---- What is downloaded -----------------------------------------------------------------------
 
 @test("a hub name is downloaded in huggingface_hub's layout and exported as the directory would be")
-def _():
+def download_and_export():
     for shards in (1, 3):
         case = Case(model_files(shards))
         case.hub.files["README.md"] = b"not needed"
         case.check_works()
         names = sorted(name for name in case.hub.files if name != "README.md")
-        expect(sorted({name for method, name in case.hub.asked() if method == "GET"}), names, "files that were got")
+        expect(sorted({name for method, name in case.hub.asked() if method == "GET"}), names,
+               "files that were got")
         expect(case.hub.sent, {name: len(case.hub.files[name]) for name in names}, "bytes of each")
         head = [request for request in case.hub.log if request.method == "HEAD"]
-        assert all(request.path.split("/")[4] == COMMIT for request in head[1:] if "/resolve/" in request.path), head
+        assert all(request.path.split("/")[4] == COMMIT for request in head[1:]
+                   if "/resolve/" in request.path), head
         case.out.unlink()
         case.check_works()
         expect(case.hub.asked(), [], "what is in the cache is not asked for")
 
-    done = run([sys.executable, ROOT / "export_weights.py", MODEL], env=case.environment(), cwd=case.out.parent)
-    expect((done.code, sorted(os.listdir(case.out.parent))), (0, ["model.bin", "tiny.model-1.bin"]), done.err)
+    done = run([sys.executable, ROOT / "export_weights.py", MODEL], env=case.environment(),
+               cwd=case.out.parent)
+    expect((done.code, sorted(os.listdir(case.out.parent))),
+           (0, ["model.bin", "tiny.model-1.bin"]), done.err)
 
 
 @test("a hub name is one: what cannot be a directory or a name is refused without a question")
-def _():
+def what_a_hub_name_is():
     case = Case()
-    for name in ("model", "a/b/c", "./a/b", "/a/b", "a/", "/b", "a//b", "a/../b", "../b", "a/..", "a/.b", "-a/b",
-                 "a/b.", "a--b/c", "a/b..c", "a/b c", "a/b\n", "a/b%2f", "é/b", "a/b?c", "a\\b/c", "http://a/b", ""):
+    for name in ("model", "a/b/c", "./a/b", "/a/b", "a/", "/b", "a//b", "a/../b", "../b", "a/..",
+                 "a/.b", "-a/b", "a/b.", "a--b/c", "a/b..c", "a/b c", "a/b\n", "a/b%2f", "é/b",
+                 "a/b?c", "a\\b/c", "http://a/b", ""):
         code, err = case.run(model=name)
         expect((code, err.count("\n"), case.hub.log), (1, 1, []), name)
         assert "org/model" in err and "directory" in err, err
-    case.check_fails(["has no config.json", "some-org/tiny.model-1", "revision dev"], "--revision", "dev", lines=1)
+    case.check_fails(["has no config.json", "some-org/tiny.model-1", "revision dev"], "--revision",
+                     "dev", lines=1)
     code, err = case.run(model="some-org/other")
     assert code == 1 and "some-org/other" in err and "check the name" in err, err
 
 
-@test("a slip in a folder's name is called that, at once where it can be told and at the end of all tries where not")
-def _():
+@test("a slip in a folder's name is called that, at once where it can be told and at the end of "
+      "all tries where not")
+def mistyped_folder():
     case = Case()
     (case.top / "tests").mkdir()
     (case.top / "a file").write_text("x")
@@ -352,13 +376,16 @@ def _():
     try:
         for name, words in (("tests/tyni", ["no directory tests/tyni", "--revision main"]),
                             ("./tests/tyni", ["no directory"]), ("~/models/x", ["no directory"]),
-                            (str(case.top / "tyni"), ["no directory", "tyni"]), ("a file", ['"a file" is a file']),
-                            ("https://huggingface.co/some-org/tiny.model-1/tree/main", ["some-org/tiny.model-1"])):
+                            (str(case.top / "tyni"), ["no directory", "tyni"]),
+                            ("a file", ['"a file" is a file']),
+                            ("https://huggingface.co/some-org/tiny.model-1/tree/main",
+                             ["some-org/tiny.model-1"])):
             code, err = case.run(model=name)
             expect((code, err.count("\n"), case.hub.log, case.waits), (1, 1, [], []), name)
             for word in words:
                 assert word in err, "no %r in %r" % (word, err)
-        # The model on the hub all the same: what is asked for by its revision, and what is in the cache.
+        # The model on the hub all the same: what is asked for by its revision, and what is in the
+        # cache.
         (case.top / MODEL.split("/")[0]).mkdir()
         expect(case.run()[0], 1)
         case.check_works("--revision", "main")
@@ -379,30 +406,35 @@ def _():
 
 
 @test("a model whose weights are of another kind is told what it has on the hub")
-def _():
+def weights_of_another_kind():
     for missing, there, words in ((WEIGHTS, "pytorch_model.bin", ["PyTorch", "save_pretrained"]),
-                                  (WEIGHTS, "pytorch_model.bin.index.json", ["PyTorch", "save_pretrained"]),
-                                  ("config.json", "adapter_config.json", ["adapter", "merge_and_unload"])):
+                                  (WEIGHTS, "pytorch_model.bin.index.json",
+                                   ["PyTorch", "save_pretrained"]),
+                                  ("config.json", "adapter_config.json",
+                                   ["adapter", "merge_and_unload"])):
         files = dict(model_files())
         del files[missing]
         case = Case({**files, there: b"{}"})
-        err = case.check_fails(["%s on the hub has no model.safetensors but %s" % (MODEL, there), *words])
+        err = case.check_fails(["%s on the hub has no model.safetensors but %s" % (MODEL, there),
+                                *words])
         assert "no directory" not in err, err
-        assert not case.waits and not [name for method, name in case.hub.asked() if method == "GET"], case.hub.log
+        assert (not case.waits and not [name for method, name in case.hub.asked()
+                                        if method == "GET"]), case.hub.log
 
 
 @test("weights in several formats: only those that are read are asked for")
-def _():
+def several_formats():
     for shards in (1, 2):
         case = Case(model_files(shards))
-        others = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json", "model.gguf")
+        others = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json",
+                  "model.gguf")
         case.hub.files.update(dict.fromkeys(others, b"{}"))
         expect(case.run()[0], 0)
         expect({name for _, name in case.hub.asked()} & set(others), set())
 
 
 @test("--revision: branches, tags, pull requests and commits; a way out of the cache is refused")
-def _():
+def revisions():
     hub = FakeHub(dict(model_files()))
     for revision in ("v1.0", "feature/new+1", "refs/pr/3", COMMIT, "a b"):
         hub.revisions[revision] = COMMIT
@@ -414,7 +446,8 @@ def _():
         expect(case.run("--revision=" + revision, HF_HUB_OFFLINE=1)[0], 0, revision)
         expect(case.run(HF_HUB_OFFLINE=1)[0], 1, "main is not known yet")
     case = Case(hub=hub)
-    for revision in ("..", "../../x", "a/../b", "/etc", "a//b", "a/", ".", "", "a\\b", "a\nb", "a\0b", "a\udcffb"):
+    for revision in ("..", "../../x", "a/../b", "/etc", "a//b", "a/", ".", "", "a\\b", "a\nb",
+                     "a\0b", "a\udcffb"):
         case.check_fails(["--revision"], "--revision=" + revision, lines=1)
         expect(hub.log, [], revision)
     done = run([sys.executable, ROOT / "export_weights.py", case.top, "--revision", "main"])
@@ -424,7 +457,7 @@ def _():
 
 
 @test("the cache is used before the network, and alone with HF_HUB_OFFLINE in all its spellings")
-def _():
+def cache_before_network():
     case = Case()
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         for value in ("1", "ON", "on", "YES", "yes", "True", "TRUE"):
@@ -435,9 +468,12 @@ def _():
         (case.folder / "snapshots" / COMMIT / name).unlink()
         code, err = case.run(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="0")
         assert code == 1 and "not whole" in err and case.hub.log == [], err
-        case.check_works(HF_HUB_OFFLINE="no", TRANSFORMERS_OFFLINE="1")   # the first that is set counts
-        expect([pair for pair in case.hub.asked() if pair[0] == "GET"], [], "the blobs are still there")
-    case.check_works(HF_HUB_OFFLINE="", TRANSFORMERS_OFFLINE="yes", HF_ENDPOINT="http://127.0.0.1:9")
+        # The first that is set counts.
+        case.check_works(HF_HUB_OFFLINE="no", TRANSFORMERS_OFFLINE="1")
+        expect([pair for pair in case.hub.asked() if pair[0] == "GET"], [],
+               "the blobs are still there")
+    case.check_works(HF_HUB_OFFLINE="", TRANSFORMERS_OFFLINE="yes",
+                     HF_ENDPOINT="http://127.0.0.1:9")
     case.check_works(HF_TOKEN="bad\x01token", HF_ENDPOINT="nonsense")
     for ref in ("", "main", "../../x", "\0" * 40, COMMIT.upper(), OTHER):
         (case.folder / "refs" / "main").write_text(ref)
@@ -450,16 +486,18 @@ def _():
     assert "not whole" in case.run(HF_HUB_OFFLINE="1")[1]
 
 
-@test("the cache is where huggingface_hub has it: HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME, the home directory")
-def _():
+@test("the cache is where huggingface_hub has it: HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME, the "
+      "home directory")
+def places_of_the_cache():
     hub = FakeHub(dict(model_files()))
     for variables, place in [
-            ({"HOME": "{top}/a"}, "a/.cache/huggingface/hub"), ({"XDG_CACHE_HOME": "{top}/b"}, "b/huggingface/hub"),
-            ({"HF_HOME": "{top}/c"}, "c/hub"), ({"HF_HUB_CACHE": "{top}/d"}, "d"),
+            ({"HOME": "{top}/a"}, "a/.cache/huggingface/hub"),
+            ({"XDG_CACHE_HOME": "{top}/b"}, "b/huggingface/hub"), ({"HF_HOME": "{top}/c"}, "c/hub"),
+            ({"HF_HUB_CACHE": "{top}/d"}, "d"),
             ({"HUGGINGFACE_HUB_CACHE": "{top}/e", "HF_HOME": "/f"}, "e"),
-            ({"HF_HUB_CACHE": "~/$PLACE/${{PLACE}}", "HUGGINGFACE_HUB_CACHE": "/g", "HOME": "{top}", "PLACE": "h"},
-             "h/h"),
-            ({"HF_HOME": "~/$PLACE", "HOME": "{top}", "PLACE": "i", "XDG_CACHE_HOME": "/j"}, "i/hub")]:
+            ({"HF_HUB_CACHE": "~/$PLACE/${{PLACE}}", "HUGGINGFACE_HUB_CACHE": "/g", "HOME": "{top}",
+              "PLACE": "h"}, "h/h"), ({"HF_HOME": "~/$PLACE", "HOME": "{top}", "PLACE": "i",
+                                       "XDG_CACHE_HOME": "/j"}, "i/hub")]:
         case = Case(hub=hub)
         case.folder = case.top / place / case.folder.name
         variables = {name: value.format(top=case.top) for name, value in variables.items()}
@@ -468,8 +506,9 @@ def _():
 
 # ---- The token --------------------------------------------------------------------------------
 
-@test("the token comes from where huggingface_hub has it, goes to the hub alone and into no message")
-def _():
+@test("the token comes from where huggingface_hub has it, goes to the hub alone and "
+      "into no message")
+def token_stays_secret():
     hub = FakeHub(dict(model_files()))
 
     def sent(**environment):
@@ -481,7 +520,8 @@ def _():
         environment = {name: value.format(top=case.top) for name, value in environment.items()}
         err = case.check_works(**environment)
         assert TOKEN not in err, err
-        expect([r.headers["Authorization"] for r in hub.log if r.host == "cdn"], [None], "the other host")
+        expect([r.headers["Authorization"] for r in hub.log if r.host == "cdn"], [None],
+               "the other host")
         tokens = {r.headers["Authorization"] for r in hub.log if r.host == "hub"}
         assert len(tokens) == 1, tokens
         return tokens.pop()
@@ -489,7 +529,8 @@ def _():
     for want, environment in [
             (in_file, {}), (in_file, {"HF_TOKEN": ""}), (in_file, {"HF_TOKEN": " \n"}),
             ("Bearer %s-of-other" % TOKEN, {"HF_TOKEN_PATH": "{top}/another"}),
-            (None, {"HF_TOKEN_PATH": "{top}/none"}), ("Bearer x", {"HF_TOKEN": " x\r\n", "HF_TOKEN_PATH": "{top}"}),
+            (None, {"HF_TOKEN_PATH": "{top}/none"}),
+            ("Bearer x", {"HF_TOKEN": " x\r\n", "HF_TOKEN_PATH": "{top}"}),
             ("Bearer x", {"HUGGING_FACE_HUB_TOKEN": "x"}),
             ("Bearer y", {"HUGGING_FACE_HUB_TOKEN": "x", "HF_TOKEN": "y"}),
             (None, {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "HF_TOKEN": "x"}),
@@ -501,10 +542,11 @@ def _():
     elsewhere = with_headers(X_Repo_Commit=None, Location=hub.other + "/config.json")
     for method in ("HEAD", "GET"):
         hub.faults["hub", method, "config.json"] = [lambda a: (a.__init__(302), elsewhere(a))]
-    hub.faults["cdn", "HEAD", "config.json"] = [with_headers(X_Repo_Commit=COMMIT, ETag=hub.etag("config.json"))]
+    hub.faults["cdn", "HEAD", "config.json"] = [with_headers(X_Repo_Commit=COMMIT,
+                                                             ETag=hub.etag("config.json"))]
     case.check_works(HF_TOKEN=TOKEN)
-    expect([(r.method, r.headers["Authorization"]) for r in hub.log if r.host == "cdn" and r.name == "config.json"],
-           [("HEAD", None), ("GET", None)])
+    expect([(r.method, r.headers["Authorization"]) for r in hub.log if r.host == "cdn"
+            and r.name == "config.json"], [("HEAD", None), ("GET", None)])
 
     # Tokens that the HTTP library would complain of, showing them.
     for end in ("\x01", "\x7f", "\u00e9", "\u2603", "\udcff"):
@@ -517,26 +559,32 @@ def _():
 
 
 @test("401, 403 and 404 are said once and in full: conditions, HF_TOKEN, model, revision, file")
-def _():
-    page = ["check the name", "accept the conditions on http://127.0.0.1:", "/%s and set HF_TOKEN" % MODEL]
-    for code, words in ((401, page), (403, page), (404, ["has no", "--revision"]), (400, []), (410, []), (451, [])):
+def refused_access():
+    page = ["check the name", "accept the conditions on http://127.0.0.1:",
+            "/%s and set HF_TOKEN" % MODEL]
+    for code, words in ((401, page), (403, page), (404, ["has no", "--revision"]), (400, []),
+                        (410, []), (451, [])):
         for method in ("HEAD", "GET"):
             for name in ("config.json", WEIGHTS):
                 case = Case()
                 # The server repeats the token, as it should not.
-                case.hub.faults["hub", method, name] = [always(status(code, X_Error_Message="bad token " + TOKEN))]
+                case.hub.faults["hub", method, name] = [
+                    always(status(code, X_Error_Message="bad token " + TOKEN))]
                 # Where there is no model.safetensors there may be an index.
                 named = INDEX if (code, method, name) == (404, "HEAD", WEIGHTS) else name
-                revision = "revision " + ("main" if (method, name) == ("HEAD", "config.json") else COMMIT)
+                revision = ("revision "
+                            + ("main" if (method, name) == ("HEAD", "config.json") else COMMIT))
                 number = [] if code == 404 else [str(code)]
-                case.check_fails(["%s of %s at %s" % (named, MODEL, revision), *number, *words], HF_TOKEN=TOKEN)
-                expect((case.waits, case.hub.asked("hub").count((method, name))), ([], 1), "%s %s" % (method, name))
+                case.check_fails(["%s of %s at %s" % (named, MODEL, revision), *number, *words],
+                                 HF_TOKEN=TOKEN)
+                expect((case.waits, case.hub.asked("hub").count((method, name))), ([], 1),
+                       "%s %s" % (method, name))
 
 
 # ---- Faults that pass -------------------------------------------------------------------------
 
 @test("a busy server and a cut connection are tried again, and what came is not asked for twice")
-def _():
+def busy_server():
     size = len(model_files()[WEIGHTS])
     third, some = size // 3, size // 20
 
@@ -544,15 +592,18 @@ def _():
         with_headers(Content_Length=None)(answer)
         cut(third)(answer)
     for what, place, faults, starts in [
-            ("busy at first", ("hub", "HEAD", "config.json"), [status(n) for n in (500, 502, 503, 504, 408)], [0]),
+            ("busy at first", ("hub", "HEAD", "config.json"),
+             [status(n) for n in (500, 502, 503, 504, 408)], [0]),
             ("busy later", ("hub", "GET", "tokenizer.json"), [status(503), status(429)], [0]),
             ("the other host busy", ("cdn", "GET", WEIGHTS), [status(500)], [0, 0]),
-            ("no HTTP", ("hub", "HEAD", WEIGHTS), [lambda answer: answer.__init__(b"garbage")], [0]),
+            ("no HTTP", ("hub", "HEAD", WEIGHTS), [lambda answer: answer.__init__(b"garbage")],
+             [0]),
             ("cut off", ("cdn", "GET", WEIGHTS), [cut(third)], [0, third]),
             ("cut off without a length", ("cdn", "GET", WEIGHTS), [no_length], [0, third]),
             ("many cuts", ("cdn", "GET", WEIGHTS), [cut(some)] * 12, [some * n for n in range(13)]),
             ("cut before a byte", ("cdn", "GET", WEIGHTS), [cut(0)] * 5, [0] * 6),
-            ("reset", ("cdn", "GET", WEIGHTS), [cut(third, reset=True)], None)]:   # what came may be lost
+            # What came before may be lost.
+            ("reset", ("cdn", "GET", WEIGHTS), [cut(third, reset=True)], None)]:
         case = Case()
         case.hub.faults[place] = list(faults)
         case.check_works()
@@ -563,8 +614,9 @@ def _():
             expect(case.hub.sent[WEIGHTS], size, what + ": bytes sent")
 
 
-@test("the wait doubles with chance in it; Retry-After counts as seconds or a date, up to five minutes")
-def _():
+@test("the wait doubles with chance in it; Retry-After counts as seconds or a date, up to "
+      "five minutes")
+def waits_between_tries():
     def waits(*faults):
         case = Case()
         case.hub.faults["hub", "HEAD", "config.json"] = [*faults, status(404)]   # done
@@ -577,51 +629,61 @@ def _():
         assert all(2 ** n / 2 <= wait <= 2 ** n for n, wait in enumerate(got)), got
         first.add(got[0])
     assert len(first) == 4, "no chance in %s" % first
-    soon, past = (email.utils.formatdate(time.time() + seconds, usegmt=True) for seconds in (100, -100))
-    for text, least, most in (("7", 7, 7), ("0", 0, 0), ("300", 300, 300), ("301", 300, 300), ("9" * 9, 300, 300),
-                              (soon, 90, 100), (past, 0, 0), ("Fri, 31 Dec 9999 23:59:59 GMT", 300, 300)):
+    soon, past = (email.utils.formatdate(time.time() + seconds, usegmt=True)
+                  for seconds in (100, -100))
+    for text, least, most in (("7", 7, 7), ("0", 0, 0), ("300", 300, 300),
+                              ("301", 300, 300), ("9" * 9, 300, 300), (soon, 90, 100), (past, 0, 0),
+                              ("Fri, 31 Dec 9999 23:59:59 GMT", 300, 300)):
         for code in (429, 503):
             [wait] = waits(status(code, Retry_After=text))
             assert least <= wait <= most, (code, text, wait)
-    for text in ("", "-5", "soon", "1.5", "1e9", "nan", "9" * 99, " , ", "Fri, 99 Foo 2099", "\u00b2", "1 Jan 0001"):
+    for text in ("", "-5", "soon", "1.5", "1e9", "nan", "9" * 99, " , ", "Fri, 99 Foo 2099",
+                 "\u00b2", "1 Jan 0001"):
         [wait] = waits(status(429, Retry_After=text))
         assert 0 <= wait <= 1, (text, wait)
 
 
-@test("429: the wait lasts to the end of the window that RateLimit tells, and a second more, up to five minutes")
-def _():
+@test("429: the wait lasts to the end of the window that RateLimit tells, and a second more, up to "
+      "five minutes")
+def rate_limit():
     def wait(code=429, **headers):
         case = Case()
         case.hub.faults["hub", "HEAD", "config.json"] = [status(code, **headers)]
         case.check_works()
         [wait] = case.waits
         return wait
-    # The first is the hub's own form; then what structured fields (RFC 8941) allow, and several windows.
+    # The first is the hub's own form; then what structured fields (RFC 8941) allow, and several
+    # windows.
     for text, want in (('"api";r=0;t=45', 46), ('"resolvers";r=0;t=300', 301), ('"api";r=0;t=0', 1),
-                       ('"api";r=0;t=301', 301), ('"api";r=0;t=' + "9" * 9, 301), ('"api"; r=0; t=45', 46),
-                       ('"api";t=45;r=0', 46), ('"api";r=0;t=45;pk=:cHJ=:', 46),
-                       ('"api";r=0;t=45, "pages";r=3;t=200', 46), ('"api";r=0;t=45, "pages";r=0;t=200', 201)):
+                       ('"api";r=0;t=301', 301), ('"api";r=0;t=' + "9" * 9, 301),
+                       ('"api"; r=0; t=45', 46), ('"api";t=45;r=0', 46),
+                       ('"api";r=0;t=45;pk=:cHJ=:', 46), ('"api";r=0;t=45, "pages";r=3;t=200', 46),
+                       ('"api";r=0;t=45, "pages";r=0;t=200', 201)):
         expect(wait(RateLimit=text), want, text)
         expect(wait(ratelimit=text), want, text)
     expect(wait(RateLimit='"api";r=0;t=45', Retry_After="7"), 46, "both: the longer")
     expect(wait(RateLimit='"api";r=0;t=45', Retry_After="70"), 70, "both: the longer")
-    for text in ('"api";r=7;t=45', '"api";r=0', '"api";t=45', '"api"', "", '"api";r=0;t=-5', '"api";r=0;t=1.5',
-                 '"api";r=0;t=' + "9" * 40, "r=0 t=45"):
+    for text in ('"api";r=7;t=45', '"api";r=0', '"api";t=45', '"api"', "", '"api";r=0;t=-5',
+                 '"api";r=0;t=1.5', '"api";r=0;t=' + "9" * 40, "r=0 t=45"):
         assert 0 <= wait(RateLimit=text) <= 1, text   # no window is used up: as without it
         expect(wait(RateLimit=text, Retry_After="7"), 7, text)
-    assert 0 <= wait(503, RateLimit='"api";r=0;t=45') <= 1, "a server that is down is not waited for so"
+    assert 0 <= wait(503,
+                     RateLimit='"api";r=0;t=45') <= 1, "a server that is down is not waited for so"
 
 
-@test("a fault that does not pass ends after six tries in vain, and the next run goes on where this one stopped")
-def _():
+@test("a fault that does not pass ends after six tries in vain, and the next run goes on where "
+      "this one stopped")
+def lasting_fault():
     case = Case()
     size = len(case.hub.files[WEIGHTS])
     case.hub.faults["cdn", "GET", WEIGHTS] = [cut(1000), cut(5000), always(status(503))]
     case.check_fails([WEIGHTS, "503", "6 tries", "goes on where it stopped"])
-    expect((len(case.waits), case.partial().stat().st_size), (6, 6000))   # a cut that brought something, five 503
+    # A cut that brought something, five 503.
+    expect((len(case.waits), case.partial().stat().st_size), (6, 6000))
     case.hub.faults.clear()
     case.check_works()
-    expect([request.headers["Range"] for request in case.hub.log if request.host == "cdn"], ["bytes=6000-"])
+    expect([request.headers["Range"] for request in case.hub.log if request.host == "cdn"],
+           ["bytes=6000-"])
     expect(case.hub.sent[WEIGHTS], size - 6000)
 
     # Nobody there, and a server that falls silent.
@@ -641,8 +703,9 @@ def _():
 
 # ---- Servers that lie -------------------------------------------------------------------------
 
-@test("partial content that is not what was asked for, or that is another file's, gives the right file all the same")
-def _():
+@test("partial content that is not what was asked for, or that is another file's, gives the right "
+      "file all the same")
+def odd_partial_content():
     def with_partial(data, *faults):
         case = Case()
         case.folder.joinpath("blobs").mkdir(parents=True)
@@ -659,22 +722,30 @@ def _():
         answer.__init__(200, {}, whole)
     expect(with_partial(whole[:half]), (size - half, [begun]))
     expect(with_partial(whole[:half], whole_again), (size, [begun]), "200")
-    cut_again = with_partial(whole[:half], lambda answer: (whole_again(answer), cut(half // 2)(answer)))
-    expect(cut_again, (half // 2 + size - half, [begun] * 2), "200 and a cut: nothing of what we had is lost")
-    for text in ("bytes 0-%d/%d" % (size - 1, size), "bytes %d-%d/%d" % (half + 1, size - 1, size), "", "bytes", None,
-                 "bytes %d" % half, "bytes -%d-9/%d" % (half, size), "bytes */%d" % size):
-        expect(with_partial(whole[:half], with_headers(Content_Range=text))[1], [begun, None], str(text))
-    expect(with_partial(whole[:half], with_headers(Content_Range="bytes %d-%d/*" % (half, size - 1)))[1], [begun], "*")
+    cut_again = with_partial(whole[:half],
+                             lambda answer: (whole_again(answer), cut(half // 2)(answer)))
+    expect(cut_again, (half // 2 + size - half, [begun] * 2),
+           "200 and a cut: nothing of what we had is lost")
+    for text in ("bytes 0-%d/%d" % (size - 1, size), "bytes %d-%d/%d" % (half + 1, size - 1, size),
+                 "", "bytes", None, "bytes %d" % half, "bytes -%d-9/%d" % (half, size),
+                 "bytes */%d" % size):
+        expect(with_partial(whole[:half], with_headers(Content_Range=text))[1],
+               [begun, None], str(text))
+    expect(with_partial(whole[:half],
+                        with_headers(Content_Range="bytes %d-%d/*" % (half, size - 1)))[1],
+           [begun], "*")
     expect(with_partial(whole[:half], status(416))[1], [begun, None], "416")
     expect(with_partial(whole), (0, []), "all of it is there")
     expect(with_partial(whole + b"more"), (0, []), "more than all of it")
     expect(with_partial(flipped(whole)), (size, [None]), "all of it and damaged")
-    expect(with_partial(b"x" * half), (2 * size - half, [begun, None]), "the beginning of something else")
+    expect(with_partial(b"x" * half), (2 * size - half, [begun, None]),
+           "the beginning of something else")
     expect(with_partial(b"x" * (size + 1)), (size, [None]))
 
 
-@test("a wrong hash: once more from the start, then a failure that leaves nothing; sha256 and git's")
-def _():
+@test("a wrong hash: once more from the start, then a failure that leaves nothing; "
+      "sha256 and git's")
+def wrong_hash():
     for name, host in ((WEIGHTS, "cdn"), ("config.json", "hub")):
         size = len(model_files()[name])
         case = Case()
@@ -690,7 +761,7 @@ def _():
 
 
 @test("lengths that lie: nothing but the size that the hub names is taken")
-def _():
+def lying_lengths():
     whole = model_files()[WEIGHTS]
     size = len(whole)
     for what, fault, words in [
@@ -698,7 +769,8 @@ def _():
             ("short", with_headers(Content_Length=str(size - 5)), [str(size - 5)]),
             ("nonsense", with_headers(Content_Length="-1"), ["-1"]),
             ("text", with_headers(Content_Length="x\ty" * 99), ["x\\ty", "..."]),
-            ("another file's", lambda a: a.__init__(200, {}, b"<html>Please log in</html>"), ["26"])]:
+            ("another file's",
+             lambda a: a.__init__(200, {}, b"<html>Please log in</html>"), ["26"])]:
         case = Case()
         case.folder.joinpath("blobs").mkdir(parents=True)
         case.partial().write_bytes(b"")
@@ -709,7 +781,8 @@ def _():
         case.check_works()
     # A longer body than announced, and one without a length: the file is taken, the rest is not.
     for fault in (lambda a: setattr(a, "body", a.body + b"more"),
-                  lambda a: (with_headers(Content_Length=None)(a), setattr(a, "body", a.body + b"more"))):
+                  lambda a: (with_headers(Content_Length=None)(a),
+                             setattr(a, "body", a.body + b"more"))):
         case = Case()
         case.hub.faults["cdn", "GET", WEIGHTS] = [fault]
         case.check_works()
@@ -721,10 +794,12 @@ def _():
 
 
 @test("an answer that is not a hub's is refused before a byte is written")
-def _():
+def not_a_hub():
     for header, values in {
-            "X_Repo_Commit": [None, "", "main", COMMIT[:-1], COMMIT + "0", COMMIT.upper(), "../" * 13 + "x"],
-            "ETag": [None, "", '""', "../../../x", '"%s"' % ("a" * 39), '"%s"' % ("A" * 40), '"%s-gzip"' % ("a" * 40)],
+            "X_Repo_Commit": [None, "", "main", COMMIT[:-1], COMMIT + "0", COMMIT.upper(),
+                              "../" * 13 + "x"],
+            "ETag": [None, "", '""', "../../../x", '"%s"' % ("a" * 39), '"%s"' % ("A" * 40),
+                     '"%s-gzip"' % ("a" * 40)],
             "Content_Length": [None, "", "x", "-1", "1e3", "9" * 16]}.items():
         for value in values:
             case = Case()
@@ -739,50 +814,59 @@ def _():
     case.hub.faults["hub", "HEAD", WEIGHTS] = [with_headers(X_Linked_Size=None)]
     case.check_fails([WEIGHTS + ": size"])
     case = Case()
-    case.hub.faults["hub", "HEAD", "config.json"] = [lambda a: a.__init__(200, {}, b"<html>")]   # a hotel's network
+    # A hotel's network.
+    case.hub.faults["hub", "HEAD", "config.json"] = [lambda a: a.__init__(200, {}, b"<html>")]
     case.check_fails(["config.json", "X-Repo-Commit", "network"], lines=1)
 
 
-@test("redirects: in circles, to other kinds of addresses, to bad ones and away from https they are refused")
-def _():
+@test("redirects: in circles, to other kinds of addresses, to bad ones and away from https "
+      "they are refused")
+def redirects():
     def to(location):
         return always(lambda answer: answer.__init__(302, {"Location": location}))
     for method in ("HEAD", "GET"):
         case = Case()
-        for name, target in (("config.json", "/x/resolve/y/again"), ("again", "/x/resolve/y/config.json")):
+        for name, target in (("config.json", "/x/resolve/y/again"),
+                             ("again", "/x/resolve/y/config.json")):
             case.hub.faults["hub", method, name] = [to(target)]
         case.check_fails(["config.json", "redirects"])
         assert len(case.hub.log) <= 4 + 10 and not case.waits, case.hub.asked()
-        for location in ("file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x", "http://user:%s@127.0.0.1/" % TOKEN,
-                         "http://[/x?Signature=", "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "http://a..b/",
+        for location in ("file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x",
+                         "http://user:%s@127.0.0.1/" % TOKEN, "http://[/x?Signature=",
+                         "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "http://a..b/",
                          "javascript:x", "http://127.0.0.1/\u00e9", "http://127.0.0.1/ x",
                          "http://%s/" % ("a" * 70), "https://"):
             case = Case()
             case.hub.faults["hub", method, "config.json"] = [to(location)]
             case.check_fails(["redirect", "address"], HF_TOKEN=TOKEN)
             assert not case.waits, location
-    for endpoint in ("", "127.0.0.1:1", "file:///x", "ftp://x", "https://", "http://user:%s@127.0.0.1" % TOKEN,
-                     "http://[", "http://127.0.0.1:0x1"):
+    for endpoint in ("", "127.0.0.1:1", "file:///x", "ftp://x", "https://",
+                     "http://user:%s@127.0.0.1" % TOKEN, "http://[", "http://127.0.0.1:0x1"):
         case = Case()
         case.check_fails(["HF_ENDPOINT"], HF_ENDPOINT=endpoint, lines=1)
     # A server that speaks https would need a certificate: what it says is made up.
-    answer = mock.Mock(status=302, headers={"Location": "http://127.0.0.1/x", "X-Repo-Commit": COMMIT})
-    for said, word in ((mock.Mock(return_value=answer), "encryption"), (mock.Mock(side_effect=urllib.error.URLError(
-            ssl.SSLCertVerificationError(1, "self-signed certificate"))), "SSL_CERT_FILE")):
+    answer = mock.Mock(status=302,
+                       headers={"Location": "http://127.0.0.1/x", "X-Repo-Commit": COMMIT})
+    for said, word in ((mock.Mock(return_value=answer), "encryption"),
+                       (mock.Mock(side_effect=urllib.error.URLError(
+                               ssl.SSLCertVerificationError(1, "self-signed certificate"))),
+                        "SSL_CERT_FILE")):
         with mock.patch.object(urllib.request.OpenerDirector, "open", said):
             Case().check_fails(["huggingface.co", word], HF_ENDPOINT=None, lines=1)
 
 
 @test("an index whose shards lead out of the directory is refused before one is asked for")
-def _():
-    for shard in ("../x.safetensors", "/etc/passwd", "a/b", "..", "", 3, "a\0b", "a?b", "a%2fb", ".hidden"):
+def shards_outside():
+    for shard in ("../x.safetensors", "/etc/passwd", "a/b", "..", "", 3, "a\0b", "a?b",
+                  "a%2fb", ".hidden"):
         files = dict(model_files(2))
         index = json.loads(files[INDEX])
         index["weight_map"]["embed_out.weight"] = shard
         files[INDEX] = json.dumps(index).encode()
         case = Case(files)
         case.check_fails([INDEX, "plain file name"])
-        expect([name for _, name in case.hub.asked() if name.endswith(".safetensors")], [WEIGHTS], str(shard))
+        expect([name for _, name in case.hub.asked() if name.endswith(".safetensors")],
+               [WEIGHTS], str(shard))
     files = dict(model_files(2))
     del files["model-00002-of-00002.safetensors"]
     Case(files).check_fails(["has no model-00002-of-00002.safetensors"])
@@ -790,23 +874,27 @@ def _():
 
 # ---- The disk, signals, company ---------------------------------------------------------------
 
-@test("a full disk: seen before the download, or said while it is written, and the next run goes on")
-def _():
+@test("a full disk: seen before the download, or said while it is written, and the "
+      "next run goes on")
+def full_disk():
     case = Case()
     needed = sum(map(len, case.hub.files.values()))
-    with mock.patch.object(export_weights.shutil, "disk_usage", lambda path: mock.Mock(free=needed - 1)):
+    with mock.patch.object(export_weights.shutil, "disk_usage",
+                           lambda path: mock.Mock(free=needed - 1)):
         case.check_fails(["%d bytes of room" % needed, str(needed - 1), "HF_HOME"])
         expect([pair for pair in case.hub.asked() if pair[0] == "GET"], [])
     case.folder.joinpath("blobs").mkdir(exist_ok=True)
     case.partial().write_bytes(case.hub.files[WEIGHTS][:5000])   # what is there needs no room
-    with mock.patch.object(export_weights.shutil, "disk_usage", lambda path: mock.Mock(free=needed - 5001)):
+    with mock.patch.object(export_weights.shutil, "disk_usage",
+                           lambda path: mock.Mock(free=needed - 5001)):
         case.check_fails(["%d bytes of room" % (needed - 5000)])
 
     case = Case()
     child = case.start("resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))")
     err = child.communicate(timeout=30)[1].decode()
     expect(child.returncode, 1, err)
-    assert "File too large" in err and "ulimit -f" in err and str(case.folder) in err and "Traceback" not in err, err
+    assert ("File too large" in err and "ulimit -f" in err and str(case.folder) in err
+            and "Traceback" not in err), err
     expect((case.partial().stat().st_size, os.listdir(case.out.parent)), (100000, []))
     case.check_works()
     expect([r.headers["Range"] for r in case.hub.log if r.host == "cdn"], ["bytes=100000-"])
@@ -819,31 +907,36 @@ def _():
     code, err = case.run()
     assert code == 1 and "expected a directory" in err and not case.hub.log, err
     case = Case()   # a disk without links
-    with mock.patch.object(os, "symlink", side_effect=PermissionError(1, "Operation not permitted")):
+    with mock.patch.object(os, "symlink",
+                           side_effect=PermissionError(1, "Operation not permitted")):
         expect(case.run()[0], 0)
     case.check_exported()
     expect(case.run(HF_HUB_OFFLINE=1)[0], 0)
 
 
-@test("each fault of the cache's disk comes with what mends it, and with the variable that moves the cache")
-def _():
+@test("each fault of the cache's disk comes with what mends it, and with the variable that "
+      "moves the cache")
+def faults_of_the_disk():
     for number, words in ((errno.ENOSPC, ["make room on that disk"]), (errno.EDQUOT, ["quota"]),
                           (errno.EACCES, ["the right"]), (errno.EPERM, ["the right"]),
-                          (errno.EROFS, ["mounted for writing"]), (errno.EFBIG, ["ulimit -f"]),
-                          (errno.EIO, ["whether that disk is well"]), (errno.ENAMETOOLONG, ["shorter names"]),
+                          (errno.EROFS, ["mounted for writing"]),
+                          (errno.EFBIG, ["ulimit -f"]), (errno.EIO, ["whether that disk is well"]),
+                          (errno.ENAMETOOLONG, ["shorter names"]),
                           (errno.ENOTDIR, ["out of the way"]), (errno.ESTALE, [])):
         fault = OSError(number, os.strerror(number), "/some/place")
         for method in ("fetch", "fetch_all"):
             case = Case()
             with mock.patch.object(export_weights.Hub, method, side_effect=fault):
-                err = case.check_fails(["cannot download to /some/place: " + os.strerror(number), "set HF_HOME to",
-                                        "goes on where it stopped", *words], lines=2)
+                err = case.check_fails(["cannot download to /some/place: " + os.strerror(number),
+                                        "set HF_HOME to", "goes on where it stopped", *words],
+                                       lines=2)
             assert number in (errno.ENOSPC, errno.EDQUOT) or "make room" not in err, err
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         case = Case()
         case.folder = case.top / "cache" / case.folder.name
         with mock.patch.object(export_weights.Hub, "fetch", side_effect=OSError(errno.EIO, "x")):
-            case.check_fails(["cannot download to %s" % case.folder, "set %s to" % name], **{name: case.top / "cache"})
+            case.check_fails(["cannot download to %s" % case.folder, "set %s to" % name],
+                             **{name: case.top / "cache"})
     case = Case()
     (case.top / "token").write_text(TOKEN)
     opened = open
@@ -869,8 +962,9 @@ def no_locks(number):
     return mock.patch.object(fcntl, "flock", side_effect=OSError(number, os.strerror(number)))
 
 
-@test("a cache on a disk without locks, or whose locks keep nobody out, stops and damages no download")
-def _():
+@test("a cache on a disk without locks, or whose locks keep nobody out, stops and "
+      "damages no download")
+def no_working_locks():
     for number in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
         case = Case()
         with no_locks(number):
@@ -889,15 +983,17 @@ def _():
     expect([r.headers["Range"] for r in case.hub.log if r.host == "cdn"], ["bytes=5000-"])
     expect(case.hub.sent[WEIGHTS], size - 5000)
 
-    # Two at once, each of which is told that it has the lock. The first pauses; meanwhile the second begins,
-    # meets a server that does not resume, begins again, and ends first.
+    # Two at once, each of which is told that it has the lock. The first pauses; meanwhile the
+    # second begins, meets a server that does not resume, begins again, and ends first.
     everybody = "import fcntl\nfcntl.flock = lambda *args: None"
     for fault in ([], [status(416)], [with_headers(Content_Range="bytes 1-2/3")], [cut(20000)]):
         case = Case()
         go_on = threading.Event()
-        case.hub.faults["cdn", "GET", WEIGHTS] = [lambda answer: setattr(answer, "pause", go_on), *fault]
+        case.hub.faults["cdn", "GET", WEIGHTS] = [lambda answer: setattr(answer, "pause", go_on),
+                                                  *fault]
         first = case.start(everybody)
-        until(lambda: any(path.stat().st_size > size // 4 for path in case.folder.glob("blobs/*.incomplete")))
+        until(lambda: any(path.stat().st_size > size // 4
+                          for path in case.folder.glob("blobs/*.incomplete")))
         other = Case(hub=case.hub)
         other.top, other.folder = case.top, case.folder
         for child in (other.start(everybody), first):
@@ -910,8 +1006,9 @@ def _():
         expect(case.out.read_bytes() == other.out.read_bytes(), True)
 
 
-@test("a blob that is damaged and has no name in the snapshot is downloaded anew, so that removing the name helps")
-def _():
+@test("a blob that is damaged and has no name in the snapshot is downloaded anew, so that removing "
+      "the name helps")
+def damaged_blob():
     case = Case()
     case.check_works()
     case.blob(WEIGHTS).write_bytes(flipped(case.hub.files[WEIGHTS]))
@@ -919,8 +1016,9 @@ def _():
     case.check_works()
 
 
-@test("Ctrl-C and SIGTERM leave the partial file and nothing under OUT's name; kill -9 costs no more")
-def _():
+@test("Ctrl-C and SIGTERM leave the partial file and nothing under OUT's name; kill -9 "
+      "costs no more")
+def stopped_download():
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         case = Case()
         go_on, size = threading.Event(), len(case.hub.files[WEIGHTS])
@@ -943,7 +1041,7 @@ def _():
 
 
 @test("two exporters at once download each file once, and both have it")
-def _():
+def two_at_once():
     case = Case()
     go_on = threading.Event()
     case.hub.faults["cdn", "GET", WEIGHTS] = [lambda answer: setattr(answer, "pause", go_on)]
@@ -968,18 +1066,22 @@ def _():
 
 
 @test("the proxy of the environment is used")
-def _():
+def proxy():
     case = Case()   # the server takes whole addresses, as a proxy does
-    case.check_works(HF_ENDPOINT="http://hub.invalid/", http_proxy=case.hub.endpoint, no_proxy="127.0.0.1")
-    assert case.hub.log[0].path.startswith("http://hub.invalid/%s/resolve/main/" % MODEL), case.hub.log[0]
+    case.check_works(HF_ENDPOINT="http://hub.invalid/", http_proxy=case.hub.endpoint,
+                     no_proxy="127.0.0.1")
+    assert case.hub.log[0].path.startswith("http://hub.invalid/%s/resolve/main/"
+                                           % MODEL), case.hub.log[0]
 
 
-@test("progress: a bar with rate and time left on a terminal, else a line every ten seconds; memory stays small")
-def _():
+@test("progress: a bar with rate and time left on a terminal, else a line every ten seconds; "
+      "memory stays small")
+def progress_bars():
     for terminal in (True, False):
         now, shown = [1000.0], []
         with mock.patch.object(export_weights.time, "monotonic", lambda: now[0]), \
-                mock.patch.object(export_weights.sys.stderr, "isatty", lambda: terminal, create=True), \
+                mock.patch.object(export_weights.sys.stderr, "isatty", lambda: terminal,
+                                  create=True), \
                 mock.patch.object(export_weights, "draw", shown.append), \
                 mock.patch.object(export_weights, "note", shown.append):
             progress = export_weights.Progress(400_000_000, 100_000_000)
@@ -990,23 +1092,29 @@ def _():
         if terminal:
             expect((len(shown), shown[-1]), (60, "[%-20s] " % ("#" * 11) + text % (220, "1:30")))
         else:
-            expect([shown[0], shown[-1], len(shown)], [text % (120, "2:20"), text % (220, "1:30"), 6])
+            expect([shown[0], shown[-1], len(shown)],
+                   [text % (120, "2:20"), text % (220, "1:30"), 6])
 
     case = Case()
     case.hub.files["model.safetensors"] = bytes(30_000_000)
     ours, theirs = pty.openpty()
-    code = ("def stop(*_):\n    print('rss', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n    sys.exit()\n"
+    code = ("def stop(*_):\n    print('rss', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+            "    sys.exit()\n"
             "export_weights.read_sections = stop\nstop_at = export_weights.Hub.fetch_all\n"
-            "def fetch_all(*args):\n    print('rss', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+            "def fetch_all(*args):\n"
+            "    print('rss', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
             "    stop_at(*args)\nexport_weights.Hub.fetch_all = fetch_all")
-    lines = "import resource, sys\nsys.dont_write_bytecode = True\nimport export_weights\n%s\nexport_weights.main()"
-    child = subprocess.Popen([sys.executable, "-c", lines % code, MODEL, "-o", case.out], stderr=theirs,
-                             stdout=subprocess.PIPE, env=dict(case.environment(), PYTHONPATH=str(ROOT)))
+    lines = ("import resource, sys\nsys.dont_write_bytecode = True\nimport export_weights\n%s\n"
+             "export_weights.main()")
+    child = subprocess.Popen([sys.executable, "-c", lines % code, MODEL, "-o", case.out],
+                             stderr=theirs, stdout=subprocess.PIPE,
+                             env=dict(case.environment(), PYTHONPATH=str(ROOT)))
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):   # at its end
         while data := os.read(ours, 1 << 16):
             shown += data
     before, after = (int(word) for word in child.communicate(timeout=30)[0].split()[1::2])
-    assert re.search(rb"\r\[#* *\] \d+ of 30 MB, [\d.]+ MB/s, \d+:\d\d left  model.safetensors", shown), shown
+    assert re.search(rb"\r\[#* *\] \d+ of 30 MB, [\d.]+ MB/s, \d+:\d\d left  model.safetensors",
+                     shown), shown
     assert after - before < 4000, "%d KB more while 30 MB came" % (after - before)   # 1 MB here

@@ -15,8 +15,10 @@ DEMO_PROMPT = "Governing Law.\n"
 
 def run_make(*args, cwd, make="make"):
     # As from a shell: what a make that runs the tests was told (-s, CFLAGS) is not for this one.
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run([make, *args], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=100)
+    env = {name: value for name, value in os.environ.items()
+           if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run([make, *args], cwd=cwd, env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=100)
     expect(done.returncode, 0, done.stderr.decode())
     return done.stdout.decode()
 
@@ -33,7 +35,7 @@ def checkout(make="make"):
 
 
 @test("the commands in README.md print what stands below them")
-def _():
+def commands_print_what_is_shown():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     examples = 0
     folder = tmpdir()
@@ -41,15 +43,16 @@ def _():
     (folder / "demo.bin").symlink_to(tiny_model())
     for block in re.findall(r"^```console\n(.*?)^```$", text, flags=re.M | re.S):
         for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, flags=re.M):
-            done = subprocess.run(["sh", "-c", command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+            done = subprocess.run(["sh", "-c", command], cwd=folder, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, timeout=60)
             expect(done.stdout.decode(), output, command)
             examples += 1
     assert examples >= 5, examples
 
 
 def check_demo(make):
-    shown = re.search(r"^```sh\n[^`]*make demo[^`]*```\n+```text\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"),
-                      flags=re.M | re.S)[1]
+    shown = re.search(r"^```sh\n[^`]*make demo[^`]*```\n+```text\n(.*?)^```$",
+                      (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)[1]
     how = ["CC=%s" % (os.environ.get("CC") or "cc"), "CFLAGS=-O1", "PYTHON=%s" % sys.executable]
     place = checkout(make)
     said = run_make("-s", "-j", "4", *how, "demo", cwd=place, make=make)
@@ -67,27 +70,30 @@ def check_demo(make):
 
 
 @test("make demo builds, exports the small model and prints the text that README.md shows")
-def _():
+def demo():
     check_demo("make")
 
 
 @test("so does BSD's make")
-def _():
+def demo_of_bsd_make():
     if shutil.which("bmake") is None:
         raise Skip("bmake is not installed")
     check_demo("bmake")
 
 
-@test("make install puts program and model under PREFIX below DESTDIR, where the program finds it, and uninstall removes both")
-def _():
+@test("make install puts program and model under PREFIX below DESTDIR, where the program finds it, "
+      "and uninstall removes both")
+def install_and_uninstall():
     folder, stage = checkout(), tmpdir() / "with space"
     run_make("-s", "CFLAGS=-O1", cwd=folder)
     shutil.copy(tiny_model(), folder / "kl3m-002-170m.bin")
     run_make("-s", "install", "PREFIX=/opt/kl3m", "DESTDIR=%s" % stage, cwd=folder)
     installed = stage / "opt/kl3m/bin/kl3m"
-    done = subprocess.run([str(installed), "-p", DEMO_PROMPT, "-t0", "-n5"], cwd=str(tmpdir()), stdout=subprocess.PIPE,
+    done = subprocess.run([str(installed), "-p", DEMO_PROMPT, "-t0", "-n5"], cwd=str(tmpdir()),
+                          stdout=subprocess.PIPE,
                           env={"HOME": "/nowhere", "PATH": os.environ["PATH"]}, timeout=60)
-    expect((done.returncode, done.stdout), (0, run_kl3m("-m", tiny_model(), "-p", DEMO_PROMPT, "-t0", "-n5").out))
+    expect((done.returncode, done.stdout),
+           (0, run_kl3m("-m", tiny_model(), "-p", DEMO_PROMPT, "-t0", "-n5").out))
     run_make("-s", "uninstall", "PREFIX=/opt/kl3m", "DESTDIR=%s" % stage, cwd=folder)
     expect([path for path in stage.rglob("*") if not path.is_dir()], [])
 
@@ -96,30 +102,36 @@ def samples(model, path):
     """Six texts of the model's own, as card.jsonl has those of the real one."""
     with open(path, "w") as file:
         for prompt in ("Governing Law.\n", "Under this"):
-            done = run_kl3m("-m", model, "-p", prompt, "-t", 0.5, "-n", 32, "-r", 8, "-s", 3, "--json", "--ignore-eos")
+            done = run_kl3m("-m", model, "-p", prompt, "-t", 0.5, "-n", 32, "-r", 8, "-s", 3,
+                            "--json", "--ignore-eos")
             result, kept = json.loads(done.text), 0
             for text, new in zip(result["generated_text"], result["new_tokens"]):
                 (ids,) = tokenize(model, [text.encode()])
-                if len(ids) == result["prompt_tokens"] + new and kept < 3:   # else it drew what no text encodes to
-                    file.write(json.dumps({"prompt_ids": ids[:-new], "output_ids": ids[-new:]}) + "\n")
+                # Else it drew what no text encodes to.
+                if len(ids) == result["prompt_tokens"] + new and kept < 3:
+                    file.write(json.dumps({"prompt_ids": ids[:-new], "output_ids": ids[-new:]})
+                               + "\n")
                     kept += 1
 
 
 def run_card(model, path):
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "card.py"), str(model), str(path)], stdout=subprocess.PIPE,
-                          env=dict(os.environ, KL3M=str(KL3M)), timeout=60)
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "card.py"), str(model), str(path)],
+                          stdout=subprocess.PIPE, env=dict(os.environ, KL3M=str(KL3M)), timeout=60)
     return done.returncode, done.stdout.decode()
 
 
-@test("card.py passes a model's own samples, and fails them when query, key and value rows are shuffled")
-def _():
+@test("card.py passes a model's own samples, and fails them when query, key and value rows "
+      "are shuffled")
+def card_of_the_models_own_samples():
     path = tmpdir() / "samples.jsonl"
     samples(tiny_model(), path)
     count = sum(len(json.loads(line)["output_ids"]) for line in path.read_text().splitlines())
     assert count >= 128, count
-    expect(run_card(tiny_model(), path), (0, "%d of %d published tokens are among the 50 likeliest\n" % (count, count)))
+    expect(run_card(tiny_model(), path),
+           (0, "%d of %d published tokens are among the 50 likeliest\n" % (count, count)))
 
-    # The tiny model's safetensors with the rows of query_key_value in reverse: the file is sound, the layout wrong.
+    # The tiny model's safetensors with the rows of query_key_value in reverse: the file is sound,
+    # the layout wrong.
     shuffled = tmpdir() / "shuffled"
     shutil.copytree(ROOT / "tests" / "tiny", shuffled)
     data = bytearray((shuffled / "model.safetensors").read_bytes())
@@ -137,11 +149,12 @@ def _():
 
 
 @test("the published outputs are those of the cards, by their ids alone")
-def _():
+def published_outputs():
     from harness import SHARED
     if SHARED is None:
         raise Skip("there is no ../shared here")
     ours = [json.loads(line) for line in (ROOT / "tests" / "card.jsonl").read_text().splitlines()]
-    theirs = [json.loads(line) for line in (SHARED / "vectors" / "card.jsonl").read_text().splitlines()]
+    theirs = [json.loads(line)
+              for line in (SHARED / "vectors" / "card.jsonl").read_text().splitlines()]
     expect(ours, [{key: one[key] for key in ("prompt_ids", "output_ids")} for one in theirs
                   if one["model"] == "kl3m-002-170m"])

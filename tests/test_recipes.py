@@ -16,7 +16,8 @@ exec '{kl3m}' "$@"
 
 def recipe(word):
     """The one command of README's shell blocks that has this word."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"),
+                        flags=re.M | re.S)
     found = [block for block in blocks if word in block]
     expect(len(found), 1, "recipes with " + word)
     return found[0]
@@ -52,22 +53,24 @@ def need(program):
         raise Skip(program + " is not installed")
 
 
-@test("README's recipe for GNU parallel gives one process's bytes, with a worker killed and prompts that cannot be run")
-def _():
+@test("README's recipe for GNU parallel gives one process's bytes, with a worker killed and "
+      "prompts that cannot be run")
+def gnu_parallel():
     need("parallel")
     prompts = random_prompts(1000, 6)
     for program in None, DYING:
         place = kitchen(lines([p[:60] for p in prompts]), program)
         expect(cook(place, recipe("parallel ")), alone(place), program)
     # Prompts too long for the context are no reason to run a block again: their places stay empty.
-    place = kitchen(lines(["The " * 500 if i % 250 == 7 else p[:60] for i, p in enumerate(prompts)]))
+    place = kitchen(
+        lines(["The " * 500 if i % 250 == 7 else p[:60] for i, p in enumerate(prompts)]))
     status, texts = alone(place)
     expect(status, 3)
     expect(cook(place, recipe("parallel ")), (0, texts))
 
 
-# In place of ssh: a host that is this one, where a login begins in a folder of its own, with SHELL set as sshd sets it
-# (parallel runs the commands there with it, and without it none, silently).
+# In place of ssh: a host that is this one, where a login begins in a folder of its own, with SHELL
+# set as sshd sets it (parallel runs the commands there with it, and without it none, silently).
 HOST = """#!/bin/sh
 while [ "$1" != -- ]; do shift; done
 shift
@@ -76,20 +79,24 @@ mkdir -p '{place}/home' && cd '{place}/home' && SHELL=/bin/sh exec sh -c "$*"
 """
 
 
-@test("with --sshlogin, as README adds it, the parts run on other hosts, and the bytes are those of one process")
-def _():
+@test("with --sshlogin, as README adds it, the parts run on other hosts, and the bytes are those "
+      "of one process")
+def other_hosts():
     need("parallel")
-    added = re.search(r"add `(--sshlogin [^`]*)`", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    added = re.search(r"add `(--sshlogin [^`]*)`",
+                      (ROOT / "README.md").read_text(encoding="utf-8"))[1]
     place = kitchen(lines([p[:60] for p in random_prompts(1000, 7)]))
     (place / "ssh").write_text(HOST.format(place=place))
     (place / "ssh").chmod(0o755)
-    command = recipe("parallel ").replace("parallel ", "PARALLEL_SSH='%s' parallel %s " % (place / "ssh", added), 1)
+    command = recipe("parallel ").replace("parallel ", "PARALLEL_SSH='%s' parallel %s "
+                                          % (place / "ssh", added), 1)
     expect(cook(place, command), alone(place))
-    assert len((place / "logins").read_text().split()) >= 4, "four parts of 250 lines run on the hosts"
+    assert len((place / "logins").read_text().split()) >= 4, (
+        "four parts of 250 lines run on the hosts")
 
 
 @test("README's recipe for xargs -0 runs each file as a prompt, whatever its name")
-def _():
+def xargs():
     place = kitchen(b"")
     texts = {"a b": "The State", "c\nd": "of New York\n", "-e": "Law"}
     (place / "clauses").mkdir()
@@ -99,5 +106,6 @@ def _():
     order = subprocess.run(["sh", "-c", "find clauses -name '*.txt' -print0 | sort -z"], cwd=place,
                            stdout=subprocess.PIPE).stdout.split(b"\0")[:-1]
     for name in order:
-        want += run([KL3M, "-m", place / "demo.bin", "-s", "1", "-n", "16", "-f", place / name.decode()]).out
+        want += run([KL3M, "-m", place / "demo.bin", "-s", "1", "-n", "16", "-f",
+                     place / name.decode()]).out
     expect(cook(place, recipe("xargs -0")), (0, want))

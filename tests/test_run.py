@@ -18,7 +18,8 @@ def folder(**modules):
         shutil.copy(ROOT / "tests" / name, top / "tests")
     for name, text in modules.items():
         (top / "tests" / ("test_%s.py" % name)).write_text(
-            "import os, subprocess, time\nfrom harness import ROOT, Skip, once, test, tmpdir\n" + text)
+            "import os, subprocess, time\n"
+            "from harness import ROOT, Skip, once, test, tmpdir\n" + text)
     return top
 
 
@@ -27,8 +28,8 @@ def start(top, *words):
     (top / "tmp").mkdir(exist_ok=True)
     env = dict(os.environ, TMPDIR=str(top / "tmp"))
     env.pop("KL3M_TEST_CACHE", None)
-    return subprocess.Popen([sys.executable, str(top / "tests" / "run.py"), *words], env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen([sys.executable, str(top / "tests" / "run.py"), *words], env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def run(top, *words):
@@ -59,21 +60,28 @@ def _():
 """
 
 
-@test("modules of tests run side by side, the lines of each together, and what they share is made once")
-def _():
+@test("modules of tests run side by side, the lines of each together, and what they share "
+      "is made once")
+def side_by_side():
     top = folder(a=MEETING.format(me="a", other="b"), b=MEETING.format(me="b", other="a"))
     status, out = run(top)
     blocks = ["ok   a first\nok   a second\n", "ok   b first\nok   b second\n"]
-    assert (status, out) in [(0, "".join(order) + "4 passed, 0 failed\n") for order in (blocks, blocks[::-1])], (status, out)
+    assert (status, out) in [(0, "".join(order) + "4 passed, 0 failed\n")
+                             for order in (blocks, blocks[::-1])], (status, out)
     assert (top / "made").read_text() in ("a ", "b ")
 
 
-@test("a test that fails, a module that cannot be imported and one that ends in the middle each make the exit status 1")
-def _():
+@test("a test that fails, a module that cannot be imported and one that ends in the middle each "
+      "make the exit status 1")
+def failures():
     good = '@test("good")\ndef _():\n    pass\n@test("not here")\ndef _():\n    raise Skip("why")\n'
-    for text, line in (('@test("bad")\ndef _():\n    assert 1 == 2\n', "FAIL bad\n    test_c.py:5: assert 1 == 2\n"),
-                       ("import nowhere\n", r"FAIL test_c.py can be imported\n    test_c.py:3: ModuleNotFoundError .*\n"),
-                       ('@test("dies")\ndef _():\n    os._exit(0)\n', "FAIL test_c.py ended with status 0 in the middle\n")):
+    for text, line in (
+            ('@test("bad")\ndef _():\n    assert 1 == 2\n',
+             "FAIL bad\n    test_c.py:5: assert 1 == 2\n"),
+            ("import nowhere\n",
+             r"FAIL test_c.py can be imported\n    test_c.py:3: ModuleNotFoundError .*\n"),
+            ('@test("dies")\ndef _():\n    os._exit(0)\n',
+             "FAIL test_c.py ended with status 0 in the middle\n")):
         status, out = run(folder(a=good, c=text))
         expect(status, 1, out)
         assert re.search("(?:^|\n)" + line, out) and "ok   good\nskip not here: why\n" in out, out
@@ -81,8 +89,9 @@ def _():
     expect(run(folder(a="")), (1, "0 passed, 0 failed\n"))
 
 
-@test("words select tests by module or sentence, and one that selects none is named and fails before anything runs")
-def _():
+@test("words select tests by module or sentence, and one that selects none is named and fails "
+      "before anything runs")
+def words_select():
     top = folder(a='@test("one")\ndef _():\n    pass\n@test("two --x")\ndef _():\n    pass\n',
                  b='import test_a\n@test("three")\ndef _():\n    pass\n')
     expect(run(top, "one"), (0, "ok   one\n1 passed, 0 failed\n"))
@@ -90,8 +99,9 @@ def _():
     assert run(top, "--x", "test_b") in [(0, one + two + "2 passed, 0 failed\n") for one, two in (
         ("ok   two --x\n", "ok   three\n"), ("ok   three\n", "ok   two --x\n"))]
     status, out = run(top, "one", "fuor", "test_b", "test_c")
-    expect(out, "FAIL no test has 'fuor' in its module's name or its sentence\n"
-                "FAIL no test has 'test_c' in its module's name or its sentence\n0 passed, 2 failed\n")
+    expect(out,
+           "FAIL no test has 'fuor' in its module's name or its sentence\n"
+           "FAIL no test has 'test_c' in its module's name or its sentence\n0 passed, 2 failed\n")
     expect(status, 1)
 
 
@@ -103,8 +113,9 @@ def _():
 """
 
 
-@test("an interrupt or SIGTERM ends the tests and all that they started, and nothing temporary is left")
-def _():
+@test("an interrupt or SIGTERM ends the tests and all that they started, and nothing "
+      "temporary is left")
+def stopped_run():
     for number in signal.SIGINT, signal.SIGTERM:
         top = folder(a=ENDLESS.format(me="a"), b=ENDLESS.format(me="b"), c=ENDLESS.format(me="c"))
         child = start(top, "endless")

@@ -1,5 +1,5 @@
-"""--tokenize and --detokenize: against ids the `tokenizers` library found, against a plain and slow tokenizer
-(tokenizer_tools.py), and by properties that must hold for any text.
+"""--tokenize and --detokenize: against ids the `tokenizers` library found, against a plain and slow
+tokenizer (tokenizer_tools.py), and by properties that must hold for any text.
 """
 import json
 import random
@@ -10,10 +10,10 @@ import time
 import zlib
 
 import models
-import tokenizer_vectors
 from harness import SHARED, Skip, expect, export, run_kl3m, small_model, test, tmpdir
-from tokenizer_tools import (LETTER, NUMBER, OTHER, SPACE, detokenize, escape, provoking_text, random_bytes,
-                             real_setting, small_setting, tokenize)
+from tokenizer_tools import (LETTER, NUMBER, OTHER, REFERENCES, SPACE, detokenize, escape,
+                             odd_tokenizer, provoking_text, random_bytes, real_setting,
+                             small_setting, tokenize, tokenizer_hash)
 
 
 def settings():
@@ -35,7 +35,7 @@ def expect_ids(texts, got, want):
 # ---- Ids --------------------------------------------------------------------------------------
 
 @test("the ids of 3,005 texts are those of the tokenizers library with the real tokenizer")
-def _():
+def vectors_of_the_real_tokenizer():
     if SHARED is None:
         raise Skip("the texts and the real tokenizer.json are not here")
     with open(SHARED / "vectors" / "tokens.jsonl", encoding="utf-8") as file:
@@ -46,14 +46,14 @@ def _():
 
 
 def references(name):
-    with open(tokenizer_vectors.REFERENCES / name, encoding="ascii") as file:
+    with open(REFERENCES / name, encoding="ascii") as file:
         return [json.loads(line) for line in file]
 
 
 def compare_with_references(name, tokenizer, model):
     made, *records = references(name)
-    expect(made["tokenizer"], tokenizer_vectors.tokenizer_hash(tokenizer),
-           "%s was made with another tokenizer: run tests/tokenizer_vectors.py" % name)
+    expect(made["tokenizer"], tokenizer_hash(tokenizer),
+           "%s was made with another tokenizer: run tests/make/tokenizer_vectors.py" % name)
     encoded = [record for record in records if "text" in record]
     texts = [record["text"].encode() for record in encoded]
     expect_ids(texts, tokenize(model, texts), [record["ids"] for record in encoded])
@@ -68,24 +68,25 @@ def compare_with_references(name, tokenizer, model):
 
 
 @test("the ids and the texts of the small tokenizer are those of the tokenizers library")
-def _():
+def vectors_of_the_small_tokenizer():
     compare_with_references("tokenizer_small.jsonl", models.small_tokenizer(), small_model())
 
 
 @test("so they are where added tokens overlap, special or not, searched for first or later")
-def _():
-    odd = tokenizer_vectors.odd_tokenizer()
+def overlapping_added_tokens():
+    odd = odd_tokenizer()
     compare_with_references("tokenizer_odd.jsonl", odd, model_with(odd))
 
 
 @test("the ids of random texts are those of a plain tokenizer, bytes that are not UTF-8 included")
-def _():
+def random_texts():
     for setting in settings():
         rng = random.Random(4)
         added = list(setting.naive.added)
         texts = [provoking_text(rng, added).encode() for _ in range(800)]
         texts += [random_bytes(rng, rng.randrange(1, 20)) for _ in range(400)]
-        texts += [b"".join((provoking_text(rng, added).encode()[:9], random_bytes(rng, 3))) for _ in range(400)]
+        texts += [b"".join((provoking_text(rng, added).encode()[:9], random_bytes(rng, 3)))
+                  for _ in range(400)]
         for plain_specials in (False, True):
             options = ["--no-special"] if plain_specials else []
             expect_ids(texts, tokenize(setting.model, texts, *options),
@@ -93,33 +94,38 @@ def _():
 
 
 @test("words that begin alike have their own ids, in whatever order they come")
-def _():
+def words_that_begin_alike():
     setting = small_setting()
     letters = string.ascii_lowercase
-    texts = [(start + a + b).encode() for start in ("Agreemen", "AgreementAgreem", "AgreementAgreeme")
+    texts = [(start + a + b).encode()
+             for start in ("Agreemen", "AgreementAgreem", "AgreementAgreeme")
              for a in letters for b in ["", *letters]] * 2
     random.Random(5).shuffle(texts)
-    expect_ids(texts, tokenize(setting.model, texts), [setting.naive.encode(text) for text in texts])
+    expect_ids(texts, tokenize(setting.model, texts),
+               [setting.naive.encode(text) for text in texts])
 
 
 @test("every added token is found alone, between letters, doubled and with its end cut off")
-def _():
+def every_added_token():
     for setting in settings():
         texts = [text.encode() for token in setting.naive.added
-                 for text in (token, "a" + token + "b", token + token, token[:-1], token + "\n" + token[:-1] + "z")]
+                 for text in (token, "a" + token + "b", token + token, token[:-1],
+                              token + "\n" + token[:-1] + "z")]
         got = tokenize(setting.model, texts)
         expect(got[::5], [[i] for i in setting.naive.added.values()], "ids of the added tokens")
         expect_ids(texts, got, [setting.naive.encode(text) for text in texts])
 
 
 @test("letters, numbers and white space are told apart as in the tokenizers library")
-def _():
-    # A tokenizer whose only merges join "!", "a", "1" or a tab with the first byte of a character: the merge happens
-    # exactly where the pattern leaves the two in one word, that is, where the character has that class.
+def classes_of_characters():
+    # A tokenizer whose only merges join "!", "a", "1" or a tab with the first byte of a character:
+    # the merge happens exactly where the pattern leaves the two in one word, that is, where the
+    # character has that class.
     alphabet, probes = models.byte_alphabet(), {OTHER: "!", LETTER: "a", NUMBER: "1", SPACE: "\t"}
     tokenizer = models.small_tokenizer(263)
     vocab = tokenizer["model"]["vocab"]
-    merges = [(alphabet[ord(probe)], alphabet[lead]) for probe in probes.values() for lead in range(0xC2, 0xF5)]
+    merges = [(alphabet[ord(probe)], alphabet[lead]) for probe in probes.values()
+              for lead in range(0xC2, 0xF5)]
     vocab.update({left + right: len(vocab) + i for i, (left, right) in enumerate(merges)})
     tokenizer["model"]["merges"] = ["%s %s" % pair for pair in merges]
 
@@ -154,49 +160,53 @@ def _():
 
 
 @test("--no-special reads the special tokens as plain text and still finds the other added tokens")
-def _():
+def no_special():
     for setting in settings():
         naive = setting.naive
         text = b"a<|end|>  <|start|>(a)"
         got, = tokenize(setting.model, [text])
-        expect([i for i in got if i in naive.special.values()], [naive.special["<|end|>"], naive.special["<|start|>"]])
+        expect([i for i in got if i in naive.special.values()],
+               [naive.special["<|end|>"], naive.special["<|start|>"]])
         plain, = tokenize(setting.model, [text], "--no-special")
         expect([i for i in plain if i in naive.special.values()], [])
-        expect([i for i in plain if i in naive.added.values()], [naive.added["  "], naive.added["(a)"]])
+        expect([i for i in plain if i in naive.added.values()],
+               [naive.added["  "], naive.added["(a)"]])
         expect(detokenize(setting.model, [plain, got]), [text, b"a  (a)"])
 
 
 # ---- There and back ---------------------------------------------------------------------------
 
 @test("any bytes come back from --tokenize and --detokenize as they were")
-def _():
+def any_bytes_come_back():
     rng = random.Random(6)
     for setting in settings():
         texts = [random_bytes(rng, rng.randrange(200)) for _ in range(1000)]
         texts += [provoking_text(rng, list(setting.naive.added)).encode() for _ in range(1000)]
         ids = tokenize(setting.model, texts, "--no-special")
         expect(detokenize(setting.model, ids), [escape(text) for text in texts])
-        expect(detokenize(setting.model, ids, "-0"), [text.replace(b"\0", "\ufffd".encode()) for text in texts])
+        expect(detokenize(setting.model, ids, "-0"),
+               [text.replace(b"\0", "\ufffd".encode()) for text in texts])
 
 
 @test("a megabyte of one thing is tokenized in seconds and comes back whole")
-def _():
+def megabyte_of_one_thing():
     rng = random.Random(7)
     size = 1000000
-    texts = [unit * (size // len(unit)) for unit in
-             (b"a", b" ", b"\n", b"\t", b"0", b"<", b"ab", b"a ", b"' ", b"(a", b"\xff", "\u0301".encode(),
-              "\U0001f600".encode())]
+    texts = [unit * (size // len(unit))
+             for unit in (b"a", b" ", b"\n", b"\t", b"0", b"<", b"ab", b"a ", b"' ", b"(a", b"\xff",
+                          "\u0301".encode(), "\U0001f600".encode())]
     texts.append("".join(rng.choice("aeiourstn") for _ in range(size)).encode())
     for setting in settings():
         for text in texts:
-            there = run_kl3m("-m", setting.model, "--tokenize", "-0", input=text + b"\0", timeout=30)
+            there = run_kl3m("-m", setting.model, "--tokenize", "-0",
+                             input=text + b"\0", timeout=30)
             back = run_kl3m("-m", setting.model, "--detokenize", "-0", input=there.out, timeout=30)
             expect((there.code, back.code), (0, 0), there.err + back.err)
             expect(back.out == text + b"\0", True, "a megabyte of %r" % text[:8])
 
 
 @test("a line of many megabytes among short ones keeps its place")
-def _():
+def long_line_keeps_its_place():
     long = models.LEGAL_TEXT.encode() * 2000
     texts = [b"Under this", long, b"", b"the State"]
     got = tokenize(small_model(), texts)
@@ -205,24 +215,28 @@ def _():
 
 
 @test("characters that span tokens are decoded whole, and special tokens to nothing")
-def _():
+def characters_across_tokens():
     for setting in settings():
-        byte_id = {byte: setting.naive.token_id[char] for byte, char in models.byte_alphabet().items()}
+        byte_id = {byte: setting.naive.token_id[char]
+                   for byte, char in models.byte_alphabet().items()}
         text = "§ 9 – “covered” \U0001f600 né"
         spelled = [byte_id[byte] for byte in text.encode()]
         specials = list(setting.naive.special.values())
-        expect(detokenize(setting.model, [spelled, specials, specials[:1] + spelled + specials[1:]]),
+        expect(detokenize(setting.model,
+                          [spelled, specials, specials[:1] + spelled + specials[1:]]),
                [text.encode(), b"", text.encode()])
         # Half a character stays half a character.
-        expect(detokenize(setting.model, [spelled[:1], spelled[1:2]]), [text.encode()[:1], text.encode()[1:2]])
+        expect(detokenize(setting.model, [spelled[:1], spelled[1:2]]),
+               [text.encode()[:1], text.encode()[1:2]])
 
 
 @test("ids decode to what the plain tokenizer makes of them")
-def _():
+def decoded_ids():
     for setting in settings():
         naive, rng = setting.naive, random.Random(8)
         id_lists = [[i] for i in range(naive.size)]
-        id_lists += [[rng.randrange(naive.size) for _ in range(rng.randrange(30))] for _ in range(500)]
+        id_lists += [[rng.randrange(naive.size) for _ in range(rng.randrange(30))]
+                     for _ in range(500)]
         expect(detokenize(setting.model, id_lists), [escape(naive.decode(ids)) for ids in id_lists])
 
 
@@ -241,7 +255,7 @@ def ids_line(*texts):
 
 
 @test("an empty prompt is an empty line, and no prompt is none")
-def _():
+def no_prompt():
     expect(tokenize_raw("-p", ""), b"\n")
     expect(tokenize_raw(input=b"\n\na\n\n"), b"\n\n" + ids_line(b"a") + b"\n")
     expect(tokenize_raw("-0", input=b"\0\0"), b"\n\n")
@@ -252,19 +266,21 @@ def _():
 
 
 @test("escapes in prompts are decoded, and bad ones stay as they are")
-def _():
+def escapes_in_prompts():
     cases = [
-        (rb"Governing Law.\n", b"Governing Law.\n"), (rb"a\tb\rc", b"a\tb\rc"), (rb"a\\nb", rb"a\nb"),
-        (rb"\"x\"", b'"x"'), (rb"a\0b", b"a\0b"), (rb"\012", b"\x0012"), (rb"\x41\x4a\x4A", b"AJJ"),
-        (rb"caf\xc3\xa9", "café".encode()), (rb"\xff", b"\xff"), (rb"caf\u00e9 \u4E2D", "café 中".encode()),
-        (rb"\ud83d\ude00", "😀".encode()), (rb"C:\Users", rb"C:\Users"), (rb"C:\dir\a", rb"C:\dir\a"),
-        (rb"\x4", rb"\x4"), (rb"\xg1", rb"\xg1"), (rb"\u12", rb"\u12"), (rb"\u12g4", rb"\u12g4"),
+        (rb"Governing Law.\n", b"Governing Law.\n"), (rb"a\tb\rc", b"a\tb\rc"),
+        (rb"a\\nb", rb"a\nb"), (rb"\"x\"", b'"x"'), (rb"a\0b", b"a\0b"), (rb"\012", b"\x0012"),
+        (rb"\x41\x4a\x4A", b"AJJ"), (rb"caf\xc3\xa9", "café".encode()), (rb"\xff", b"\xff"),
+        (rb"caf\u00e9 \u4E2D", "café 中".encode()), (rb"\ud83d\ude00", "😀".encode()),
+        (rb"C:\Users", rb"C:\Users"), (rb"C:\dir\a", rb"C:\dir\a"), (rb"\x4", rb"\x4"),
+        (rb"\xg1", rb"\xg1"), (rb"\u12", rb"\u12"), (rb"\u12g4", rb"\u12g4"),
         (rb"\ud83d", rb"\ud83d"), (rb"\ud83dx", rb"\ud83dx"), (rb"\ude00\ud83d", rb"\ude00\ud83d"),
-        (rb"\ud83d\u0041", rb"\ud83dA"), (b"end\\", b"end\\"), ("né\\n".encode(), "né\n".encode()),
+        (rb"\ud83d\u0041", rb"\ud83dA"), (b"end\\", b"end\\"),
+        ("né\\n".encode(), "né\n".encode()),
     ]
     expect_lines = ids_line(*[text for _, text in cases]).splitlines()
-    for (escaped, _), got, want in zip(cases, tokenize_raw(input=b"\n".join(c for c, _ in cases)).splitlines(),
-                                       expect_lines):
+    all_got = tokenize_raw(input=b"\n".join(c for c, _ in cases)).splitlines()
+    for (escaped, _), got, want in zip(cases, all_got, expect_lines):
         expect(got, want, "ids of the line %r" % escaped)
     for (escaped, _), want in zip(cases, expect_lines):
         expect(tokenize_raw("-p", escaped), want + b"\n", "ids of -p %r" % escaped)
@@ -273,22 +289,24 @@ def _():
     expect(tokenize_raw("--no-escape", "-p", rb"a\nb"), ids_line(rb"a\nb"), "--no-escape -p")
 
 
-@test("a newline ends a line, a return before it is dropped, NUL bytes stay and the last line may lack its end")
-def _():
+@test("a newline ends a line, a return before it is dropped, NUL bytes stay and the last line may "
+      "lack its end")
+def ends_of_lines():
     expect(tokenize_raw(input=b"a\r\nb\r\r\nc\rd\ne\0f\n\r\nlast"),
            ids_line(b"a", b"b\r", b"c\rd", b"e\0f", b"", b"last"))
-    expect(tokenize_raw(input=b"bad \xff\xe2\x82\n\xf0\x9f"), ids_line(b"bad \xff\xe2\x82", b"\xf0\x9f"))
+    expect(tokenize_raw(input=b"bad \xff\xe2\x82\n\xf0\x9f"),
+           ids_line(b"bad \xff\xe2\x82", b"\xf0\x9f"))
 
 
 @test("with -0 prompts end in NUL and are taken as they are")
-def _():
+def nul_separated():
     texts = [b"two\nlines\n", b"return\r\n", rb"C:\new\x41", b"", b"\xff\xfe", b"last"]
     expect(tokenize_raw("-0", input=b"".join(text + b"\0" for text in texts)), ids_line(*texts))
     expect(tokenize_raw("-0", input=b"\0".join(texts)), ids_line(*texts), "without the last NUL")
 
 
 @test("-p, -f and standard input give the same ids")
-def _():
+def sources_of_prompts():
     text = "Section 1. “Née”\n\n(a) it's 2023\\n\r\n".encode()
     path = tmpdir() / "prompt.txt"
     path.write_bytes(text)
@@ -306,20 +324,22 @@ def _():
 # ---- Lines of ids -----------------------------------------------------------------------------
 
 @test("ids of rows that have no token decode to nothing")
-def _():
+def rows_without_token():
     tokens = small_setting().naive.size
     line = small_setting().naive.encode(b"the State")
     expect(detokenize(small_model(), [[tokens], line + [tokens, 519]]), [b"", b"the State"])
 
 
 @test("a line that is not ids keeps its place, is named, and makes the exit status 3")
-def _():
+def lines_that_are_not_ids():
     good = ids_line(b"the State").strip()
     bad = [b"abc", b"-1", b"1.5", b"1,2", b"0x10", good + b" x", b"520", b"4294967296",
            b"18446744073709551621", b"9" * 30, b"1\0", b"\xff", "１".encode(), b"1e2"]
     for line in bad:
-        done = run_kl3m("-m", small_model(), "--detokenize", input=good + b"\n" + line + b"\n" + good + b"\n")
-        expect((done.code, done.out), (3, b"the State\n\nthe State\n"), "the line %r\n%s" % (line, done.err))
+        done = run_kl3m("-m", small_model(), "--detokenize",
+                        input=good + b"\n" + line + b"\n" + good + b"\n")
+        expect((done.code, done.out), (3, b"the State\n\nthe State\n"),
+               "the line %r\n%s" % (line, done.err))
         assert re.search(r"\bline 2\b", done.err), "the line %r: %s" % (line, done.err)
         expect(len(done.err.splitlines()), 1, done.err)
     lines = b"\n".join([good, *bad, good])
@@ -341,15 +361,19 @@ class Tables:
         self.model = bytearray(small_model().read_bytes())
         count, = struct.unpack_from("<I", self.model, 12)
         self.end = 64 + 96 * count
-        self.entry, = [at for at in range(64, self.end, 96) if self.model[at:at + 10] == b"tokenizer\0"]
+        self.entry, = [at for at in range(64, self.end, 96)
+                       if self.model[at:at + 10] == b"tokenizer\0"]
         offset, size = struct.unpack_from("<QQ", self.model, self.entry + 64)
         data = bytes(self.model[offset:offset + size])
         tokens, merges, edges, nodes, *self.roots, _ = struct.unpack_from("<7I", data, 8)
-        numbers = struct.unpack_from("<%dI" % (4 * (merges + edges) + nodes + 256 + tokens + 1), data, 64)
+        numbers = struct.unpack_from("<%dI" % (4 * (merges + edges) + nodes + 256 + tokens + 1),
+                                     data, 64)
         slots = [numbers[i:i + 4] for i in range(0, 4 * (merges + edges), 4)]
         self.merges, self.edges, rest = slots[:merges], slots[merges:], numbers[4 * len(slots):]
-        self.nodes, self.bytes, self.offsets = list(rest[:nodes]), rest[nodes:nodes + 256], list(rest[nodes + 256:])
-        self.flags, self.text = data[-tokens - self.offsets[-1]:-self.offsets[-1]], data[-self.offsets[-1]:]
+        self.nodes, self.bytes = list(rest[:nodes]), rest[nodes:nodes + 256]
+        self.offsets = list(rest[nodes + 256:])
+        self.flags = data[-tokens - self.offsets[-1]:-self.offsets[-1]]
+        self.text = data[-self.offsets[-1]:]
 
     def spread(self, name, slots):
         """The same table with more slots."""
@@ -373,28 +397,34 @@ class Tables:
                 self.nodes.append(NOBODY)
 
     def run_of(self, name, length):
-        """Makes exactly so many slots in a row occupied, from the table's end on to its beginning."""
+        """Makes exactly so many slots in a row occupied, from the table's end on to its
+        beginning."""
         table = self.spread(name, 4096)
-        start, = [at for at in range(-length + 1, 0) if table[at - 1][0] == table[at + length][0] == NOBODY][:1]
+        start, = [at for at in range(-length + 1, 0)
+                  if table[at - 1][0] == table[at + length][0] == NOBODY][:1]
         for at in range(start, start + length):
             self.fill(name, at % len(table))
 
     def write(self):
         flat = [number for slot in self.merges + self.edges for number in slot]
         flat += [*self.nodes, *self.bytes, *self.offsets]
-        data = struct.pack("<8s7I28x", b"BPETOK1\n", len(self.flags), len(self.merges), len(self.edges), len(self.nodes),
-                           *self.roots, len(self.text)) + struct.pack("<%dI" % len(flat), *flat) + self.flags + self.text
+        data = (struct.pack("<8s7I28x", b"BPETOK1\n", len(self.flags), len(self.merges),
+                            len(self.edges), len(self.nodes), *self.roots, len(self.text))
+                + struct.pack("<%dI" % len(flat), *flat) + self.flags + self.text)
         self.model += bytes(-len(self.model) % 64)
-        struct.pack_into("<IQQ", self.model, self.entry + 60, zlib.crc32(data), len(self.model), len(data))
+        struct.pack_into("<IQQ", self.model, self.entry + 60, zlib.crc32(data),
+                         len(self.model), len(data))
         self.model += data
         struct.pack_into("<Q", self.model, 16, len(self.model))
-        struct.pack_into("<I", self.model, 24, zlib.crc32(self.model[64:self.end], zlib.crc32(self.model[:24])))
+        struct.pack_into("<I", self.model, 24,
+                         zlib.crc32(self.model[64:self.end], zlib.crc32(self.model[:24])))
         path = tmpdir() / "hostile.bin"
         path.write_bytes(self.model)
         return path
 
     def check(self, flaw=None):
-        """Refused at once and for this flaw; without one, taken, and with the ids that the model has unspoilt."""
+        """Refused at once and for this flaw; without one, taken, and with the ids that the model
+        has unspoilt."""
         path, text = self.write(), b"This Agreement<|end|>  1990\n"
         begun = time.monotonic()
         done = run_kl3m("-m", path, "--info")
@@ -403,14 +433,16 @@ class Tables:
             expect(done.code, 0, done.err)
             expect(tokenize(path, [text]), tokenize(small_model(), [text]))
         else:
-            assert done.code == 1 and flaw in done.err and done.err.count("\n") == 1, (flaw, done.err)
+            assert (done.code == 1 and flaw in done.err
+                    and done.err.count("\n") == 1), (flaw, done.err)
         assert took < 2, "%s: %.1f s" % (flaw, took)   # the nearly full table took 12 s
 
 
 @test("a hash table nearly full, or with a long run of occupied slots, is refused at once")
-def _():
+def crowded_hash_table():
     Tables().check()
-    for name, flaw in ("merges", "the table of merges is too full"), ("edges", "the table of trie edges is too full"):
+    for name, flaw in (("merges", "the table of merges is too full"),
+                       ("edges", "the table of trie edges is too full")):
         full = Tables()
         for at in range(len(full.spread(name, 1 << 19)) - 1):
             full.fill(name, at)
@@ -425,8 +457,9 @@ def _():
             run.check(said)
 
 
-@test("tries that would be walked again and again are refused: too deep, or with nodes shared; so are endless tokens")
-def _():
+@test("tries that would be walked again and again are refused: too deep, or with nodes shared; so "
+      "are endless tokens")
+def hostile_tries():
     def chain(length):
         tables = Tables()
         tables.spread("edges", 1 << 14)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The program beside a float64 computation and transformers, at the real shapes and others.
 
-    pip install -r requirements.txt
-    ./live_forward.py [WORD...]
+    pip install -r tests/requirements.txt
+    tests/live/forward.py [WORD...]
 
 Random weights, with logits of the size of a real model's. Needs 6 GB of memory and some minutes.
 """
@@ -14,28 +14,35 @@ import functools
 import json
 import math
 import random
+from pathlib import Path
 
 import torch
 import transformers
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules of tests/
+
 import models
-from harness import SHARED, expect, export, run_kl3m, run_tests, test, tmpdir
+from harness import SHARED, expect, export, run_kl3m, run_tests, selected, test, tmpdir
 from naive import Naive
 
 # The shapes of kl3m-002-170m, for where its own config is not at hand.
-REAL = {"hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "intermediate_size": 1024,
-        "vocab_size": 32768, "max_position_embeddings": 4096, "rotary_pct": 0.25, "num_key_value_heads": 8}
+REAL = {"hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "intermediate_size": 1024, "vocab_size": 32768, "max_position_embeddings": 4096,
+        "rotary_pct": 0.25, "num_key_value_heads": 8}
 
 AWKWARD = {
     "head size 20, intermediate 37, vocabulary 1001": {
-        "hidden_size": 100, "num_attention_heads": 5, "rotary_pct": 0.5, "intermediate_size": 37, "vocab_size": 1001},
+        "hidden_size": 100, "num_attention_heads": 5, "rotary_pct": 0.5, "intermediate_size": 37,
+        "vocab_size": 1001},
     "serial residual, rotary share 1": {
-        "hidden_size": 96, "use_parallel_residual": False, "rotary_pct": 1.0, "intermediate_size": 300},
+        "hidden_size": 96, "use_parallel_residual": False, "rotary_pct": 1.0,
+        "intermediate_size": 300},
     "grouped-query, 3 KV heads of 9, head size 6": {
         "hidden_size": 54, "num_attention_heads": 9, "n_kv": 3, "rotary_pct": 0.34},
     "one KV head of 8, rotary base 500000": {
-        "hidden_size": 256, "num_attention_heads": 8, "n_kv": 1, "rotary_pct": 0.25, "rotary_emb_base": 500000},
+        "hidden_size": 256, "num_attention_heads": 8, "n_kv": 1, "rotary_pct": 0.25,
+        "rotary_emb_base": 500000},
     "rotary share 1, 4032 positions": {"rotary_pct": 1.0, "max_position_embeddings": 4096},
     "rotary share 0, six layers, norm epsilon 0.01": {
         "rotary_pct": 0.0, "num_hidden_layers": 6, "layer_norm_eps": 0.01},
@@ -49,8 +56,8 @@ AWKWARD = {
 def numbered_tokenizer(size):
     """Token 5000 is the text <5000>, and so on above the bytes: any ids can be a prompt."""
     tokenizer = models.small_tokenizer(263)
-    tokenizer["added_tokens"] += [dict(tokenizer["added_tokens"][0], id=i, content="<%d>" % i, special=False,
-                                       normalized=True) for i in range(263, size)]
+    tokenizer["added_tokens"] += [dict(tokenizer["added_tokens"][0], id=i, content="<%d>" % i,
+                                       special=False, normalized=True) for i in range(263, size)]
     return tokenizer
 
 
@@ -59,7 +66,8 @@ def token_text(i):
         return b"<%d>" % i
     if i < len(models.SPECIAL):
         return b""
-    return bytes([sorted(models.byte_alphabet(), key=models.byte_alphabet().get)[i - len(models.SPECIAL)]])
+    return bytes([sorted(models.byte_alphabet(),
+                         key=models.byte_alphabet().get)[i - len(models.SPECIAL)]])
 
 
 class Model:
@@ -82,7 +90,8 @@ class Model:
 
     @functools.cached_property
     def reference(self):
-        model = transformers.GPTNeoXForCausalLM.from_pretrained(self.twin, dtype=torch.float32).eval()
+        model = transformers.GPTNeoXForCausalLM.from_pretrained(
+            self.twin, dtype=torch.float32).eval()
         model.generation_config.eos_token_id = None
         return model
 
@@ -97,11 +106,13 @@ class Model:
         """What kl3m computes, mapped from its file."""
         out, width = tmpdir() / "logits", self.config["vocab_size"]
         done = run_kl3m("-m", self.bin, "-f", path, "--logits", out, timeout=300)
-        expect((done.code, done.err, out.stat().st_size), (0, "", count * width * 4), "kl3m --logits")
+        expect((done.code, done.err, out.stat().st_size), (0, "", count * width * 4),
+               "kl3m --logits")
         return torch.from_file(str(out), size=count * width, dtype=torch.float32).view(count, width)
 
     def exact(self, ids):
-        """The same in float64, rotary tables too: pieces of 256 rows, as (first position, logits)."""
+        """The same in float64, rotary tables too: pieces of 256 rows, as (first position,
+        logits)."""
         config, heads = self.config, self.config["num_attention_heads"]
         size = config["hidden_size"] // heads
         rotary = int(size * config["rotary_pct"])
@@ -110,7 +121,8 @@ class Model:
                                             config["layer_norm_eps"])
         linear = lambda x, name: F.linear(x, w(name + ".weight"), w(name + ".bias"))
 
-        powers = config["rotary_emb_base"] ** (-torch.arange(0, rotary, 2, dtype=torch.float64) / max(rotary, 1))
+        powers = config["rotary_emb_base"] ** (
+            -torch.arange(0, rotary, 2, dtype=torch.float64) / max(rotary, 1))
         angles = torch.arange(len(ids), dtype=torch.float64)[:, None] * powers
         cos, sin = angles.cos(), angles.sin()
 
@@ -119,8 +131,10 @@ class Model:
             return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
         def attend(x, name):
-            q, k, v = linear(x, name + ".query_key_value").view(-1, heads, 3, size).permute(2, 1, 0, 3)
-            out = F.scaled_dot_product_attention(turn(q)[None], turn(k)[None], v[None], is_causal=True)[0]
+            q, k, v = linear(x, name + ".query_key_value").view(
+                -1, heads, 3, size).permute(2, 1, 0, 3)
+            out = F.scaled_dot_product_attention(turn(q)[None], turn(k)[None], v[None],
+                                                 is_causal=True)[0]
             return linear(out.transpose(0, 1).reshape(len(ids), -1), name + ".dense")
 
         def mlp(x, name):
@@ -139,10 +153,12 @@ class Model:
 
     def check_greedy(self, ids, path, count):
         with torch.no_grad():
-            out = self.reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                                            do_sample=False, max_new_tokens=count, use_cache=True)
+            out = self.reference.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                do_sample=False, max_new_tokens=count, use_cache=True)
         want = b"".join(map(token_text, out[0, len(ids):].tolist())) + b"\n"
-        done = run_kl3m("-m", self.bin, "-f", path, "-n", count, "-t", 0, "--ignore-eos", "--no-echo", timeout=300)
+        done = run_kl3m("-m", self.bin, "-f", path, "-n", count, "-t", 0, "--ignore-eos",
+                        "--no-echo", timeout=300)
         expect((done.out, done.code), (want, 0), "greedy text")
 
 
@@ -161,7 +177,8 @@ def awkward_models():
     for name, options in AWKWARD.items():
         options = dict(options)
         n_kv = options.pop("n_kv", None)
-        found.append((name, Model(models.make_config(**{"max_position_embeddings": 512, **options}), n_kv)))
+        found.append((name, Model(models.make_config(**{"max_position_embeddings": 512, **options}),
+                                  n_kv)))
     return found
 
 
@@ -177,7 +194,7 @@ def report(text, *values):
 # ---- Tests --------------------------------------------------------------------------------------
 
 @test("real shapes: logits within 1e-4 of float64 and 5e-4 of transformers at all 4,096 positions")
-def _():
+def real_logits():
     model, count = real_model(), 4096
     ids, path = model.prompt(count)
     got = model.logits(path, count)
@@ -204,13 +221,14 @@ def _():
 
 
 @test("real shapes: 256 greedy tokens are those of transformers")
-def _():
+def real_greedy():
     model = real_model()
     model.check_greedy(*model.prompt(40, seed=1), 256)
 
 
-@test("awkward shapes: logits within 1e-4 of float64 and 5e-4 of transformers, 64 greedy tokens the same")
-def _():
+@test("awkward shapes: logits within 1e-4 of float64 and 5e-4 of transformers, 64 greedy "
+      "tokens the same")
+def awkward_shapes():
     for name, model in awkward_models():
         ids, path = model.prompt(model.config["max_position_embeddings"] - 64)
         got = model.logits(path, len(ids))
@@ -218,15 +236,15 @@ def _():
             theirs = model.reference(torch.tensor([ids])).logits[0]
             exact = torch.cat([piece for _, piece in model.exact(ids)])
         ours, between, other = far(got, exact), far(got, theirs), far(theirs, exact)
-        report("%s: kl3m from float64 %.2g, kl3m from transformers %.2g, transformers from float64 %.2g",
-               name, ours, between, other)
+        report("%s: kl3m from float64 %.2g, kl3m from transformers %.2g, transformers from "
+               "float64 %.2g", name, ours, between, other)
         # At far positions the fp32 angles of transformers cost it more than 5e-4 by itself.
         assert ours <= 1e-4 and between <= max(5e-4, other + 1e-4), name
         model.check_greedy(ids, path, 64)
 
 
 @test("the float64 computation and the one in plain Python are the same")
-def _():
+def float64_is_naive():
     for name, model in awkward_models():
         ids, _ = model.prompt(20)
         exact = torch.cat([piece for _, piece in model.exact(ids)])
@@ -235,7 +253,7 @@ def _():
 
 
 @test("a model saved again by transformers, in shards, has the same logits to the last bit")
-def _():
+def saved_again():
     model = Model(models.make_config())
     again = tmpdir()
     model.reference.save_pretrained(again, max_shard_size="100KB")
@@ -251,4 +269,4 @@ def _():
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    sys.exit(run_tests(sys.argv[1:]))
+    sys.exit(run_tests(selected(sys.argv[1:], "__main__")))

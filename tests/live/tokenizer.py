@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """--tokenize beside the `tokenizers` library, text by text, and the speed of both.
 
-    pip install -r requirements.txt
-    ./live_tokenizer.py [WORD...]
+    pip install -r tests/requirements.txt
+    tests/live/tokenizer.py [WORD...]
 
-The tokenizer is the real one where ../shared is present, else the small one of models.py. Takes about two minutes.
+The tokenizer is the real one where ../shared is present, else the small one of models.py. Takes
+about two minutes.
 """
 import os
 import sys
@@ -23,8 +24,10 @@ from pathlib import Path
 
 import tokenizers
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules of tests/
+
 import models
-from harness import KL3M, SHARED, run_tests, test, tmpdir
+from harness import KL3M, SHARED, run_tests, selected, test, tmpdir
 from tokenizer_tools import detokenize, provoking_text, real_setting, small_setting, tokenize
 
 LICENCES = Path("/usr/share/common-licenses")  # English legal text that every Debian system has
@@ -47,7 +50,8 @@ def compare(texts, plain_specials=False):
         part = texts[at:at + 50000]
         got = tokenize(setting().model, [text.encode() for text in part], *options, timeout=600)
         for text, ids, encoding in zip(part, got, library().encode_batch_fast(part)):
-            assert ids == encoding.ids, "%.200r is %.200r, in the library %.200r" % (text, ids, encoding.ids)
+            assert ids == encoding.ids, (
+                "%.200r is %.200r, in the library %.200r" % (text, ids, encoding.ids))
     library().encode_special_tokens = False
 
 
@@ -74,36 +78,38 @@ def english_lines():
 
 # ---- Ids and texts ----------------------------------------------------------------------------
 
-@test("every character has the library's ids: alone, doubled, between letters, between digits, after white space")
-def _():
+@test("every character has the library's ids: alone, doubled, between letters, between digits, "
+      "after white space")
+def every_character():
     for form in ("{0}", "{0}{0}", "a{0}a", "1{0}1", " {0}", "\t{0}"):
         compare([form.format(char) for char in characters()])
 
 
 @test("50,000 random texts have the library's ids")
-def _():
+def random_texts():
     compare(provoking_texts())
 
 
 @test("they have with encode_special_tokens and --no-special")
-def _():
+def without_special_tokens():
     compare(provoking_texts(), plain_specials=True)
 
 
 @test("20,000 texts of random characters have the library's ids")
-def _():
+def random_characters():
     rng = random.Random(13)
-    compare(["".join(rng.choice(characters()) for _ in range(rng.randrange(20))) for _ in range(20000)])
+    compare(["".join(rng.choice(characters()) for _ in range(rng.randrange(20)))
+             for _ in range(20000)])
 
 
 @test("texts of millions of characters have the library's ids")
-def _():
+def long_texts():
     english = "\n".join(english_lines())
     compare([english * (1 + 3000000 // len(english)), "".join(provoking_texts() * 2)])
 
 
 @test("a megabyte of one thing has the library's ids")
-def _():
+def megabyte_of_one_thing():
     rng = random.Random(14)
     compare([unit * (1000000 // len(unit)) for unit in
              ("a", " ", "\n", "0", "<", "ab", "' ", "\xe9", "\u0301", "\u4e2d", "\U0001f600")]
@@ -111,13 +117,15 @@ def _():
 
 
 @test("every id and 20,000 random lists of ids have the library's text")
-def _():
+def decoded_ids():
     rng, size = random.Random(15), library().get_vocab_size()
-    id_lists = [[i] for i in range(size)] + [[rng.randrange(size) for _ in range(20)] for _ in range(20000)]
+    id_lists = ([[i] for i in range(size)]
+                + [[rng.randrange(size) for _ in range(20)] for _ in range(20000)])
     got = detokenize(setting().model, id_lists, "-0", timeout=600)
     want = library().decode_batch(id_lists, skip_special_tokens=True)
     for ids, text, right in zip(id_lists, got, want):
-        # The library has U+FFFD for bytes that are not UTF-8; the program has them as they are, and U+FFFD for NUL.
+        # The library has U+FFFD for bytes that are not UTF-8; the program has them as they are, and
+        # U+FFFD for NUL.
         assert text.decode("utf-8", "replace") == right.replace("\0", "\ufffd"), "ids %r" % ids
 
 
@@ -134,13 +142,13 @@ def print_speed():
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     megabytes = path.stat().st_size / 1e6
 
-    # Processor time, since others may use the machine meanwhile; each uses one thread. Ours is the whole program's,
-    # from its start to the ids written.
+    # Processor time, since others may use the machine meanwhile; each uses one thread. Ours is the
+    # whole program's, from its start to the ids written.
     def ours():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with open(path, "rb") as file:
-            subprocess.run([KL3M, "-m", setting().model, "--tokenize"], stdin=file, stdout=subprocess.DEVNULL,
-                           check=True)
+            subprocess.run([KL3M, "-m", setting().model, "--tokenize"], stdin=file,
+                           stdout=subprocess.DEVNULL, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return megabytes / (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
@@ -156,7 +164,8 @@ def print_speed():
 
 
 if __name__ == "__main__":
-    print("tokenizers %s with %s tokenizer" % (tokenizers.__version__, "the real" if SHARED else "the small"))
+    print("tokenizers %s with %s tokenizer"
+          % (tokenizers.__version__, "the real" if SHARED else "the small"))
     if len(sys.argv) == 1:
         print_speed()
-    sys.exit(run_tests(sys.argv[1:]))
+    sys.exit(run_tests(selected(sys.argv[1:], "__main__")))

@@ -22,8 +22,8 @@ import re
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
         "fifteen sixteen seventeen eighteen nineteen").split()
 TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-MONTHS = {"January": 31, "February": 28, "March": 31, "April": 30, "May": 31, "June": 30, "July": 31,
-          "August": 31, "September": 30, "October": 31, "November": 30, "December": 31}
+MONTHS = {"January": 31, "February": 28, "March": 31, "April": 30, "May": 31, "June": 30,
+          "July": 31, "August": 31, "September": 30, "October": 31, "November": 30, "December": 31}
 ROMAN = "i ii iii iv v vi vii viii".split()
 
 
@@ -40,15 +40,16 @@ def in_words(n):
 
 # ---- Parties ----------------------------------------------------------------------------------
 
-# What the document calls itself, and who its parties are: the one who sells, works or lends, and the
-# one who pays. A name in -s is more than one person.
+# What the document calls itself, and who its parties are: the one who sells, works or lends, and
+# the one who pays. A name in -s is more than one person.
 ROLES = {
-    "Agreement": ["3:Seller/Buyer", "3:Licensor/Licensee", "3:Consultant/Company", "2:Lender/Borrower",
-                  "2:Supplier/Distributor", "2:Provider/Customer", "2:Executive/Company",
-                  "2:Sellers/Purchaser", "Franchisor/Franchisee", "Contractor/Client",
-                  "2:Company/Investors", "Lender/Borrowers", "Manager/Owner", "Assignor/Assignees"],
-    "Contract": ["3:Contractor/Owner", "2:Supplier/Customer", "Consultants/Client", "Vendor/Purchasers",
-                 "Seller/Buyer"],
+    "Agreement": ["3:Seller/Buyer", "3:Licensor/Licensee", "3:Consultant/Company",
+                  "2:Lender/Borrower", "2:Supplier/Distributor", "2:Provider/Customer",
+                  "2:Executive/Company", "2:Sellers/Purchaser", "Franchisor/Franchisee",
+                  "Contractor/Client", "2:Company/Investors", "Lender/Borrowers", "Manager/Owner",
+                  "Assignor/Assignees"],
+    "Contract": ["3:Contractor/Owner", "2:Supplier/Customer", "Consultants/Client",
+                 "Vendor/Purchasers", "Seller/Buyer"],
     "Lease": ["3:Landlord/Tenant", "Lessor/Lessee", "Landlord/Tenants"],
     "License": ["3:Licensor/Licensee", "Licensor/Licensees"],
 }
@@ -57,8 +58,9 @@ ROLES = {
 PLACES = {
     "Delaware": ("New Castle", "Wilmington"), "New York": ("New York", "New York City"),
     "California": ("Los Angeles", "Los Angeles"), "Texas": ("Harris", "Houston"),
-    "Illinois": ("Cook", "Chicago"), "Ohio": ("Franklin", "Columbus"), "Nevada": ("Clark", "Las Vegas"),
-    "Florida": ("Orange", "Orlando"), "Michigan": ("Wayne", "Detroit"), "Georgia": ("Fulton", "Atlanta"),
+    "Illinois": ("Cook", "Chicago"), "Ohio": ("Franklin", "Columbus"),
+    "Nevada": ("Clark", "Las Vegas"), "Florida": ("Orange", "Orlando"),
+    "Michigan": ("Wayne", "Detroit"), "Georgia": ("Fulton", "Atlanta"),
     "Washington": ("King", "Seattle"), "Virginia": ("Henrico", "Richmond"),
     "Colorado": ("Denver", "Denver"), "Minnesota": ("Ramsey", "Saint Paul"),
 }
@@ -72,8 +74,9 @@ AGENCIES = {
         "emissions of air pollutants", "public water systems"], "Clean Air Act"),
     "Federal Aviation Administration": ("FAA", 14, ["2:civil aircraft", "2:commercial pilots",
         "repair stations", "unmanned aircraft"], "Federal Aviation Act"),
-    "Securities and Exchange Commission": ("SEC", 17, ["2:investment advisers", "2:public offerings",
-        "broker-dealers", "transfer agents"], "Securities Exchange Act of 1934"),
+    "Securities and Exchange Commission": ("SEC", 17, ["2:investment advisers",
+        "2:public offerings", "broker-dealers", "transfer agents"],
+        "Securities Exchange Act of 1934"),
     "Federal Communications Commission": ("FCC", 47, ["2:radio stations", "wireless carriers",
         "cable operators"], "Communications Act of 1934"),
     "Nuclear Regulatory Commission": ("NRC", 10, ["nuclear reactors", "nuclear materials"],
@@ -86,8 +89,8 @@ AGENCIES = {
 LAWS = {"pesticides": "Federal Insecticide, Fungicide, and Rodenticide Act",
         "public water systems": "Safe Drinking Water Act",
         "hazardous wastes": "Resource Conservation and Recovery Act"}
-GOODS = ("medical devices", "prescription drugs", "food additives", "dietary supplements", "infant formulas",
-         "pesticides")
+GOODS = ("medical devices", "prescription drugs", "food additives", "dietary supplements",
+         "infant formulas", "pesticides")
 
 # A statute's subject: title of the act, who is regulated, defined terms with their meanings.
 SUBJECTS = {
@@ -103,7 +106,8 @@ SUBJECTS = {
         ("Borrower", "an individual who [receives|applies for] a consumer loan")]),
     "Water Quality Act": ("operator", [
         ("Discharge", "the [addition|release] of [any|a] pollutant to the waters of the State"),
-        ("Operator", "the person [responsible for|in control of] the daily operation of a facility"),
+        ("Operator",
+         "the person [responsible for|in control of] the daily operation of a facility"),
         ("Facility",
          "any [building, structure, or installation|plant or other source] that [emits or may "
          "emit|discharges] a pollutant"),
@@ -112,7 +116,8 @@ SUBJECTS = {
          "the State")]),
     "Residential Tenancies Act": ("landlord", [
         ("Dwelling unit",
-         "a structure, or part of a structure, that is used as a [home|residence] by one or more persons"),
+         "a structure, or part of a structure, that is used as a [home|residence] by one or "
+         "more persons"),
         ("Landlord", "the owner[, lessor, or sublessor|] of a dwelling unit"),
         ("Security deposit",
          "[money|any payment] [held|received] by the landlord to secure the performance of the "
@@ -120,18 +125,23 @@ SUBJECTS = {
         ("Tenant", "a person entitled under a rental agreement to occupy a dwelling unit")]),
     "Data Protection Act": ("controller", [
         ("Controller",
-         "a person that[, alone or jointly with others,|] determines the purposes of processing personal data"),
-        ("Personal data", "information that [identifies|is linked to] an [individual|identified individual]"),
-        ("Processing", "any operation performed on personal data[, whether or not by automated means|]"),
+         "a person that[, alone or jointly with others,|] determines the purposes of processing "
+         "personal data"),
+        ("Personal data",
+         "information that [identifies|is linked to] an [individual|identified individual]"),
+        ("Processing",
+         "any operation performed on personal data[, whether or not by automated means|]"),
         ("Consumer", "an individual who is a resident of [this State|the State]")]),
     "Professional Licensing Act": ("licensee", [
         ("Board", "the State Board of [Nursing|Pharmacy|Accountancy|Engineering]"),
         ("License", "an authorization issued by the [board|department] to practice a profession"),
         ("Licensee", "a person who holds a [valid |]license"),
         ("Unprofessional conduct",
-         "[gross negligence|fraud or deceit|a violation of a rule] in the practice of the profession")]),
+         "[gross negligence|fraud or deceit|a violation of a rule] in the practice of "
+         "the profession")]),
     "Motor Carriers Act": ("carrier", [
-        ("Carrier", "a person engaged in the transportation of [passengers|property|goods] for compensation"),
+        ("Carrier",
+         "a person engaged in the transportation of [passengers|property|goods] for compensation"),
         ("Motor vehicle",
          "a vehicle propelled [by mechanical power|by a motor] and used on a public highway"),
         ("Driver", "an individual who operates a motor vehicle"),
@@ -165,8 +175,8 @@ RULES = {
     "prior": ["prior written", "written", "express written"],
     "material": ["a material breach", "a breach", "any material breach"],
     "claims": [
-        "[3:any and all|all|any] [2:claims|losses|liabilities], [damages|losses|liabilities][, costs|] and "
-            "expenses",
+        "[3:any and all|all|any] [2:claims|losses|liabilities], [damages|losses|liabilities][, "
+            "costs|] and expenses",
         "any [loss, liability or damage|claim or demand]",
         "all claims, demands and actions",
     ],
@@ -213,26 +223,26 @@ RULES = {
     # Governing law
     "Governing Law": ["4:{gl1}[| {gl2}| {gl2} {gl3}| {gl3}]", "{gl2} {gl1}"],
     "gl1": [
-        "4:{^agr} {mod} be governed by[, and construed in accordance with,| and construed in accordance "
-            "with| and interpreted under|] the laws of the State of {STATE}[3:, without regard to its "
-            "[conflict|conflicts] of [laws|law] [principles|rules|provisions]|3:|, excluding its conflict "
-            "of laws rules].",
+        "4:{^agr} {mod} be governed by[, and construed in accordance with,| and construed in "
+            "accordance with| and interpreted under|] the laws of the State of {STATE}[3:, without "
+            "regard to its [conflict|conflicts] of [laws|law] [principles|rules|provisions]|3:|, "
+            "excluding its conflict of laws rules].",
         "2:The laws of the State of {STATE} {mod} govern [2:{agr}|the validity and "
             "[interpretation|performance] of {agr}][| and any dispute arising [under|out of] it].",
-        "{^agr} and the rights and obligations of the parties {mod} be governed by the laws of the State "
-            "of {STATE}.",
+        "{^agr} and the rights and obligations of the parties {mod} be governed by the laws of the "
+            "State of {STATE}.",
     ],
     "gl2": [
-        "2:[Each party [irrevocably |hereby |]submits|{^p} [irrevocably |hereby |]{p submits submit}] to the "
-            "[3:exclusive |non-exclusive |]jurisdiction of the [state and federal |state |federal |]courts "
-            "located in {COUNTY} County, {STATE}.",
-        "Any [2:dispute|action|dispute or claim|legal proceeding] arising [under|out of|out of or relating "
-            "to] {agr} {mod} be [brought|resolved|commenced] [only |exclusively |]in the [state and "
-            "federal |state |]courts [of|located in] {CITY}, {STATE}.",
+        "2:[Each party [irrevocably |hereby |]submits|{^p} [irrevocably |hereby |]{p submits "
+            "submit}] to the [3:exclusive |non-exclusive |]jurisdiction of the [state and federal "
+            "|state |federal |]courts located in {COUNTY} County, {STATE}.",
+        "Any [2:dispute|action|dispute or claim|legal proceeding] arising [under|out of|out of or "
+            "relating to] {agr} {mod} be [brought|resolved|commenced] [only |exclusively |]in the "
+            "[state and federal |state |]courts [of|located in] {CITY}, {STATE}.",
     ],
     "gl3": [
-        "Each party [hereby |]waives [2:any right to a trial by jury|any objection to venue|its right to a "
-            "jury trial][ in any such action|].",
+        "Each party [hereby |]waives [2:any right to a trial by jury|any objection to venue|its "
+            "right to a jury trial][ in any such action|].",
         "The prevailing party {mod} be entitled to recover {counsel}[ from the other party|].",
         "The parties agree that {CITY}, {STATE} is a [proper|convenient] [venue|forum].",
     ],
@@ -247,32 +257,35 @@ RULES = {
     "cf_end": ["", " {cf_return}", " {survive}"],
     "cf_def": [
         "\"Confidential Information\" [2:means|includes] [all|any] [2:information|non-public "
-            "information|technical and business information] [disclosed|furnished|made available] by {p} "
-            "[to {q}|in connection with {agr}|under {agr}][3:|, whether [orally or in writing|in oral or "
-            "written form]|, in any form].",
+            "information|technical and business information] [disclosed|furnished|made available] "
+            "by {p} [to {q}|in connection with {agr}|under {agr}][3:|, whether [orally or in "
+            "writing|in oral or written form]|, in any form].",
     ],
     "cf_duty": [
-        "3:{^q} {mod} [hold|keep|maintain] [the|all] Confidential Information in [strict |]confidence and "
-            "{mod} not disclose [it|the Confidential Information] to {third} without the {prior} consent "
-            "of {p}.",
-        "2:{^q} {q agrees agree} not to [use|disclose or use] the Confidential Information [for any "
-            "purpose other than|except for] the [performance|purposes] of {agr}.",
-        "{^q} {mod} protect the Confidential Information [of {p} |]with [2:the same degree of care|at "
-            "least reasonable care|no less than reasonable care][ that {q} {q uses use} for {q its their} "
-            "own information|].",
+        "3:{^q} {mod} [hold|keep|maintain] [the|all] Confidential Information in [strict "
+            "|]confidence and {mod} not disclose [it|the Confidential Information] to {third} "
+            "without the {prior} consent of {p}.",
+        "2:{^q} {q agrees agree} not to [use|disclose or use] the Confidential Information [for "
+            "any purpose other than|except for] the [performance|purposes] of {agr}.",
+        "{^q} {mod} protect the Confidential Information [of {p} |]with [2:the same degree of "
+            "care|at least reasonable care|no less than reasonable care][ that {q} {q uses use} "
+            "for {q its their} own information|].",
     ],
     "cf_duty2": [
-        "Each party {mod} [2:keep|hold] the terms of {agr} [2:confidential|in confidence] and {mod} not "
-            "disclose them to {third}, {except}.",
-        "Neither party {mod} disclose the Confidential Information of the other party[, {except}|].",
+        "Each party {mod} [2:keep|hold] the terms of {agr} [2:confidential|in confidence] and "
+            "{mod} not disclose them to {third}, {except}.",
+        "Neither party {mod} disclose the Confidential Information of the other "
+            "party[, {except}|].",
     ],
     "cf_exc": [
         "Confidential Information does not include [any |]information that {list:cf_item}",
-        "The obligations of {q} under this Section {mod} not apply to information that {list:cf_item}",
+        "The obligations of {q} under this Section {mod} not apply to information that "
+            "{list:cf_item}",
     ],
     "cf_list": [" {^q} may disclose Confidential Information only {list:cf_allowed}"],
     "cf_item": [
-        "is or becomes [publicly available|generally available to the public][ through no fault of {q}|]",
+        "is or becomes [publicly available|generally available to the public][ through no "
+            "fault of {q}|]",
         "was [already |]known to {q} [before|prior to] [its |]disclosure",
         "is [independently |]developed by {q}[ without use of the Confidential Information|]",
         "is [lawfully |rightfully |]received from a third party[ without restriction|]",
@@ -285,38 +298,39 @@ RULES = {
         "to {q its their} legal and financial advisors",
     ],
     "cf_return": [
-        "Upon [2:termination of {agr}|the request of {p}|the written request of {p}], {q} {mod} [promptly "
-            "|][return|destroy|return or destroy] all Confidential Information[| within {days} days].",
+        "Upon [2:termination of {agr}|the request of {p}|the written request of {p}], {q} {mod} "
+            "[promptly |][return|destroy|return or destroy] all Confidential Information[| within "
+            "{days} days].",
     ],
 
     # Indemnification
     "Indemnification": ["3:{in1}[| {in2}| {in3}| {in2} {in3}]", "{in4}[| {in2}]"],
     "in1": [
-        "3:{op_p} {mod} [indemnify and hold harmless|indemnify, defend and hold harmless|defend and "
-            "indemnify] {q}[ and {officers}|] from and against {claims}[| (including {counsel})] arising "
-            "[out of|from|out of or relating to] [2:any breach [by {p} of {agr}|of {agr} by {p}]|any [act "
-            "or omission|negligence|willful misconduct] of {p}].",
-        "{^p} {p agrees agree} to indemnify {q} against {claims} [incurred|suffered] by {q} [as a result "
-            "of|arising from|in connection with] [any breach of {agr} by {p}|the negligence of {p}|any "
-            "[claim|action] brought by a third party].",
+        "3:{op_p} {mod} [indemnify and hold harmless|indemnify, defend and hold harmless|defend "
+            "and indemnify] {q}[ and {officers}|] from and against {claims}[| (including "
+            "{counsel})] arising [out of|from|out of or relating to] [2:any breach [by {p} of "
+            "{agr}|of {agr} by {p}]|any [act or omission|negligence|willful misconduct] of {p}].",
+        "{^p} {p agrees agree} to indemnify {q} against {claims} [incurred|suffered] by {q} [as a "
+            "result of|arising from|in connection with] [any breach of {agr} by {p}|the negligence "
+            "of {p}|any [claim|action] brought by a third party].",
     ],
     "in2": [
-        "{^q} {mod} [promptly |]notify {p} [in writing |]of any claim[ for which {q} {q seeks seek} "
-            "indemnification| under this Section].",
-        "{^q} {mod} give {p} [prompt |][written |]notice of any claim within {days} days after [receipt of "
-            "the claim|{q} {q becomes become} aware of the claim].",
+        "{^q} {mod} [promptly |]notify {p} [in writing |]of any claim[ for which {q} {q seeks "
+            "seek} indemnification| under this Section].",
+        "{^q} {mod} give {p} [prompt |][written |]notice of any claim within {days} days after "
+            "[receipt of the claim|{q} {q becomes become} aware of the claim].",
     ],
     "in3": [
-        "{^p} {mod} [have [sole |]control of|control] the defense [and settlement |]of [any such|the] "
-            "claim, and {q} {mod} cooperate [fully |][with {p}|in the defense].",
+        "{^p} {mod} [have [sole |]control of|control] the defense [and settlement |]of [any "
+            "such|the] claim, and {q} {mod} cooperate [fully |][with {p}|in the defense].",
         "{^p} {mod} not settle any [such |]claim without the {prior} consent of {q}.",
         "{survive}",
     ],
     "in4": [
-        "Each party (the \"Indemnifying Party\") {mod} indemnify the other party (the \"Indemnified Party\") "
-            "against {claims} arising [out of|from] [any breach of {agr} by|the negligence of] the "
-            "Indemnifying Party. The Indemnified Party {mod} [promptly notify|give prompt notice to] the "
-            "Indemnifying Party of any [such |]claim.",
+        "Each party (the \"Indemnifying Party\") {mod} indemnify the other party (the "
+            "\"Indemnified Party\") against {claims} arising [out of|from] [any breach of {agr} "
+            "by|the negligence of] the Indemnifying Party. The Indemnified Party {mod} [promptly "
+            "notify|give prompt notice to] the Indemnifying Party of any [such |]claim.",
     ],
 
     # Term and termination
@@ -324,69 +338,71 @@ RULES = {
     "Termination": ["2:{tt2}[| {tt3}| {tt4}| {tt3} {tt4}]", "{tt3}[| {tt4}]"],
     "Term": ["{tt1}[| {tt5}]"],
     "tt1": [
-        "The [initial |]term of {agr} {mod} [begin|commence] on [2:the Effective Date|{date}] and [{mod} "
-            "|]continue for [a period of |]{t=years}[2:|, unless [sooner|earlier] terminated as provided "
-            "[herein|in {ref}]].",
-        "{^agr} {mod} [become effective|take effect] on [2:{date}|the Effective Date] and {mod} remain in "
-            "[force|effect|full force and effect] for [a term of |]{t=years}.",
+        "The [initial |]term of {agr} {mod} [begin|commence] on [2:the Effective Date|{date}] and "
+            "[{mod} |]continue for [a period of |]{t=years}[2:|, unless [sooner|earlier] "
+            "terminated as provided [herein|in {ref}]].",
+        "{^agr} {mod} [become effective|take effect] on [2:{date}|the Effective Date] and {mod} "
+            "remain in [force|effect|full force and effect] for [a term of |]{t=years}.",
     ],
     "tt2": [
-        "2:Either party may terminate {agr} [at any time |for any reason |]upon {d=days} days' [3:{wn} "
-            "|]notice to the other party.",
-        "{^p} may terminate {agr} [at any time |]by giving {q} [at least |not less than |]{d=days} days' "
-            "{wn} notice.",
+        "2:Either party may terminate {agr} [at any time |for any reason |]upon {d=days} days' "
+            "[3:{wn} |]notice to the other party.",
+        "{^p} may terminate {agr} [at any time |]by giving {q} [at least |not less than |]{d=days} "
+            "days' {wn} notice.",
     ],
     "tt3": [
-        "2:{^p} may terminate {agr} [immediately |][upon written notice |]if {q} {q commits commit} "
-            "{material} of {agr} and {q does do} not cure [it|the breach|such breach] within {c=days} days "
-            "after [receipt of |][written |]notice[ from {p}|].",
-        "If [either|a] party {breach} and [the|such] [default|breach|failure] is not [cured|remedied] "
-            "within {c=days} days after [written |]notice, the other party may terminate {agr}.",
-        "Either party may terminate {agr} if the other party [becomes insolvent|files a petition in "
-            "bankruptcy|makes an assignment for the benefit of creditors].",
+        "2:{^p} may terminate {agr} [immediately |][upon written notice |]if {q} {q commits "
+            "commit} {material} of {agr} and {q does do} not cure [it|the breach|such breach] "
+            "within {c=days} days after [receipt of |][written |]notice[ from {p}|].",
+        "If [either|a] party {breach} and [the|such] [default|breach|failure] is not "
+            "[cured|remedied] within {c=days} days after [written |]notice, the other party may "
+            "terminate {agr}.",
+        "Either party may terminate {agr} if the other party [becomes insolvent|files a petition "
+            "in bankruptcy|makes an assignment for the benefit of creditors].",
     ],
     "tt4": [
-        "[Upon|After] [the |][termination|expiration] of {agr}, {q} {mod} [pay {p} all amounts [then "
-            "due|due under {agr}]|return [to {p} |]all property of {p}|cease all use of the "
+        "[Upon|After] [the |][termination|expiration] of {agr}, {q} {mod} [pay {p} all amounts "
+            "[then due|due under {agr}]|return [to {p} |]all property of {p}|cease all use of the "
             "[Products|Services|Property]].",
-        "Termination [of {agr} |]{mod} not [affect|relieve either party of] any [rights or |]obligations "
-            "[accrued|that accrued] before the [date|effective date] of termination.",
+        "Termination [of {agr} |]{mod} not [affect|relieve either party of] any [rights or "
+            "|]obligations [accrued|that accrued] before the [date|effective date] of termination.",
     ],
     "tt5": [
-        "{^agr} {mod} [automatically |]renew for [successive|additional] [terms|periods] of {years} unless "
-            "either party gives [written |]notice of non-renewal at least {days} days before the end of "
-            "the [then current |]term.",
+        "{^agr} {mod} [automatically |]renew for [successive|additional] [terms|periods] of "
+            "{years} unless either party gives [written |]notice of non-renewal at least {days} "
+            "days before the end of the [then current |]term.",
     ],
 
     # Notices
     "Notices": ["3:{no1} {no2}[| {no3}]", "{no1}[| {no3}]"],
     "no1": [
-        "All notices [2:required or permitted |]under {agr} {mod} be [2:in writing|given in writing] and "
-            "{mod} be [3:delivered|sent] [personally|by hand|by certified mail|by courier][, by certified "
-            "mail|, by overnight courier| or by electronic mail|] to the address [of the receiving "
-            "party|set forth [below|in {ref}|above]].",
-        "Any notice [to be given |]under {agr} {mod} be [effective|valid] only if it is in writing and "
-            "[delivered|addressed] to the [other|receiving] party.",
+        "All notices [2:required or permitted |]under {agr} {mod} be [2:in writing|given in "
+            "writing] and {mod} be [3:delivered|sent] [personally|by hand|by certified mail|by "
+            "courier][, by certified mail|, by overnight courier| or by electronic mail|] to the "
+            "address [of the receiving party|set forth [below|in {ref}|above]].",
+        "Any notice [to be given |]under {agr} {mod} be [effective|valid] only if it is in writing "
+            "and [delivered|addressed] to the [other|receiving] party.",
     ],
     "no2": [
-        "[Notice|A notice|Any notice] {mod} be deemed [given|received|effective] [2:{days} days after "
-            "[mailing|it is mailed|deposit in the mail]|upon [receipt|delivery]|on the next business day "
-            "after it is sent].",
+        "[Notice|A notice|Any notice] {mod} be deemed [given|received|effective] [2:{days} days "
+            "after [mailing|it is mailed|deposit in the mail]|upon [receipt|delivery]|on the next "
+            "business day after it is sent].",
     ],
     "no3": [
-        "[Either|A] party may change its address [for notices |]by [written |]notice to the other party[ "
-            "in accordance with this Section|].",
+        "[Either|A] party may change its address [for notices |]by [written |]notice to the other "
+            "party[ in accordance with this Section|].",
     ],
 
     # Assignment
     "Assignment": ["2:{as1}[| {as2}| {as3}| {as2} {as3}]", "{as4} {as3}"],
     "as1": [
-        "2:Neither party may assign {agr}[| or any [right|interest] [under it|in it]] without the {prior} "
-            "consent of the other party.",
-        "2:{^p} {mod} not assign [or transfer |]{agr}[| or any of {p its their} rights [or obligations "
-            "|]under {agr}] without the {prior} consent of {q}[|, which consent {mod} not be unreasonably "
-            "withheld].",
-        "{^agr} may not be assigned by {p} [in whole or in part |]without the {prior} consent of {q}.",
+        "2:Neither party may assign {agr}[| or any [right|interest] [under it|in it]] without the "
+            "{prior} consent of the other party.",
+        "2:{^p} {mod} not assign [or transfer |]{agr}[| or any of {p its their} rights [or "
+            "obligations |]under {agr}] without the {prior} consent of {q}[|, which consent {mod} "
+            "not be unreasonably withheld].",
+        "{^agr} may not be assigned by {p} [in whole or in part |]without the {prior} "
+            "consent of {q}.",
     ],
     "as2": [
         "Any [attempted |purported ]assignment in violation of this [2:Section|provision] {mod} be "
@@ -397,8 +413,9 @@ RULES = {
             "[respective |permitted |][successors and assigns|heirs, successors and assigns].",
     ],
     "as4": [
-        "{^q} may assign {agr} [2:to [any affiliate|an affiliate|a successor]|in connection with [a "
-            "merger|the sale of {q its their} business]] without the consent of {p}[|, {if_notice}].",
+        "{^q} may assign {agr} [2:to [any affiliate|an affiliate|a successor]|in connection "
+            "with [a merger|the sale of {q its their} business]] without the consent of {p}[|, "
+            "{if_notice}].",
     ],
     "if_notice": [
         "provided that {q} {q gives give} {p} {days} days' {wn} notice",
@@ -408,25 +425,27 @@ RULES = {
     # Severability, waiver, entire agreement, amendment
     "Severability": ["3:{se1}[| {se2}]"],
     "se1": [
-        "If any [2:provision|term|term or provision] of {agr} is [held|found|determined] [by a court |]to "
+        "If any [2:provision|term|term or provision] of {agr} is [held|found|determined] [by a "
+            "court |]to "
             "be [2:invalid or unenforceable|invalid, illegal or unenforceable|unenforceable], the "
             "[remaining provisions|other provisions] [of {agr} |]{mod} [2:remain in full force and "
             "effect|continue in full force and effect|not be affected].",
-        "The [invalidity|unenforceability|illegality] of any provision of {agr} {mod} not affect [2:any "
-            "other provision|the validity of the remaining provisions].",
+        "The [invalidity|unenforceability|illegality] of any provision of {agr} {mod} not affect "
+            "[2:any other provision|the validity of the remaining provisions].",
     ],
     "se2": [
         "The parties {mod} [negotiate in good faith to |]replace [the|any] [invalid|unenforceable] "
             "provision with a valid provision that [2:reflects|comes closest to] [their original "
             "intent|the intent of the parties].",
-        "The [court|parties] may [modify|reform] the provision to the [minimum |]extent necessary to make "
-            "it [enforceable|valid].",
+        "The [court|parties] may [modify|reform] the provision to the [minimum |]extent necessary "
+            "to make it [enforceable|valid].",
     ],
     "Waiver": ["{wa1}[| {wa2}]"],
     "wa1": [
-        "No waiver of [2:any|a] [provision|term] of {agr} {mod} be [effective|valid] unless it is {writing}.",
-        "No [failure|delay|failure or delay] [by|of] [2:either party|{p}] in exercising any right under "
-            "{agr} {mod} [operate|be deemed to operate] as a waiver[ of that right|].",
+        "No waiver of [2:any|a] [provision|term] of {agr} {mod} be [effective|valid] unless it "
+            "is {writing}.",
+        "No [failure|delay|failure or delay] [by|of] [2:either party|{p}] in exercising any right "
+            "under {agr} {mod} [operate|be deemed to operate] as a waiver[ of that right|].",
     ],
     "wa2": [
         "A waiver of any [breach|default] {mod} not [be deemed|constitute] a waiver of any "
@@ -434,31 +453,33 @@ RULES = {
     ],
     "Entire Agreement": ["3:{ea1}[| {ea2}]"],
     "ea1": [
-        "2:{^agr}[|, together with [its|the] exhibits,] [3:constitutes|sets forth|contains] the entire "
-            "[agreement|understanding|agreement and understanding] [2:between|of] the parties [with "
+        "2:{^agr}[|, together with [its|the] exhibits,] [3:constitutes|sets forth|contains] the "
+            "entire [agreement|understanding|agreement and understanding] [2:between|of] the "
+            "parties [with "
             "respect to|concerning|regarding|relating to] [its subject matter|the subject matter "
-            "[hereof|of {agr}]][2: and supersedes all prior [agreements|negotiations|agreements and "
-            "understandings|discussions][, whether written or oral|]|].",
+            "[hereof|of {agr}]][2: and supersedes all prior [agreements|negotiations|agreements "
+            "and understandings|discussions][, whether written or oral|]|].",
     ],
     "ea2": [
         "{am1}",
-        "[No|There are no] [representations|promises|other agreements] [2:have been made|between the "
-            "parties] [except|other than] [those |as ]set forth in {agr}.",
+        "[No|There are no] [representations|promises|other agreements] [2:have been made|between "
+            "the parties] [except|other than] [those |as ]set forth in {agr}.",
     ],
     "Amendment": ["{am1}[| {wa1}]"],
     "am1": [
         "{^agr} may [2:be amended|be amended or modified|not be amended except|be modified] [only "
             "|]{writing}.",
-        "No [2:amendment|modification|change] [of|to] {agr} {mod} be [2:binding|effective|valid] unless "
-            "[made |]{writing}.",
+        "No [2:amendment|modification|change] [of|to] {agr} {mod} be [2:binding|effective|valid] "
+            "unless [made |]{writing}.",
     ],
 
     # Force majeure
     "Force Majeure": ["{fm1}[| {fm2}| {fm3}| {fm2} {fm3}]"],
     "fm1": [
-        "2:Neither party {mod} be [liable|responsible] for any [delay or failure|failure or delay|failure] "
-            "[in performance|to perform][ under {agr}|] [caused by|due to|resulting from] "
-            "[events|circumstances|causes] beyond its [reasonable |]control, including {fm_events}.",
+        "2:Neither party {mod} be [liable|responsible] for any [delay or failure|failure or "
+            "delay|failure] [in performance|to perform][ under {agr}|] [caused by|due to|resulting "
+            "from] [events|circumstances|causes] beyond its [reasonable |]control, including "
+            "{fm_events}.",
         "{^p} {mod} not be in [breach|default] of {agr} if {p its their} performance is "
             "[delayed|prevented] by {fm_events} or any other [event|cause] beyond the [reasonable "
             "|]control of {p}.",
@@ -466,17 +487,17 @@ RULES = {
     "fm_events": [
         "[2:acts of God|fire|flood], [war|strikes|riots|earthquakes], [2:terrorism|labor "
             "disputes|epidemics|acts of government]",
-        "[fire|flood|war|strikes], [accidents|epidemics|storms] and [acts of God|acts of government|labor "
-            "disputes]",
+        "[fire|flood|war|strikes], [accidents|epidemics|storms] and [acts of God|acts of "
+            "government|labor disputes]",
     ],
     "fm2": [
         "The affected party {mod} [promptly |]notify the other party [of|in writing of] the "
-            "[event|delay|cause of the delay][| within {days} days] and {mod} use [reasonable|diligent|its "
-            "best] efforts to [resume performance|limit the delay].",
+            "[event|delay|cause of the delay][| within {days} days] and {mod} use "
+            "[reasonable|diligent|its best] efforts to [resume performance|limit the delay].",
     ],
     "fm3": [
-        "If [the|such] [delay|event|failure] continues for more than {days} days, [either party|the other "
-            "party|{q}] may terminate {agr}[ upon written notice|].",
+        "If [the|such] [delay|event|failure] continues for more than {days} days, [either "
+            "party|the other party|{q}] may terminate {agr}[ upon written notice|].",
     ],
 
     # Payment
@@ -484,24 +505,26 @@ RULES = {
     "Payment Terms": ["{pa1} {pa2}[| {pa3}]"],
     "pa1": [
         "2:{^q} {mod} pay [to |]{p} [2:the sum of|a [total |]fee of|an amount equal to] {x=money} "
-            "[2:within {d=days} days after [2:receipt of [an|each] invoice|the Effective Date|the date of "
-            "{agr}]|on the first day of each [month|calendar month]|on or before {date}].",
-        "{^p} {mod} invoice {q} [monthly|quarterly|on the last day of each month], and {q} {mod} pay each "
-            "invoice within {d=days} days after [receipt|the date of the invoice].",
-        "In consideration of the [Services|Products|rights granted under {agr}], {q} {mod} pay [to |]{p} "
-            "{x=money}[|, [payable in {n=few} equal installments|in {n=few} equal installments]].",
+            "[2:within {d=days} days after [2:receipt of [an|each] invoice|the Effective Date|the "
+            "date of {agr}]|on the first day of each [month|calendar month]|on or before {date}].",
+        "{^p} {mod} invoice {q} [monthly|quarterly|on the last day of each month], and {q} {mod} "
+            "pay each invoice within {d=days} days after [receipt|the date of the invoice].",
+        "In consideration of the [Services|Products|rights granted under {agr}], {q} {mod} pay [to "
+            "|]{p} {x=money}[|, [payable in {n=few} equal installments|in {n=few} equal "
+            "installments]].",
     ],
     "pa2": [
-        "[Any amount|Amounts] not paid when due {mod} bear interest at [2:the rate of {percent} per "
-            "[annum|year|month]|the lesser of {percent} per month and the maximum rate permitted by {law}].",
-        "If {q} {q fails fail} to pay any amount [when due|when it is due|within such period], {p} may "
-            "[suspend performance|charge a late fee of {money}|terminate {agr}].",
+        "[Any amount|Amounts] not paid when due {mod} bear interest at [2:the rate of {percent} "
+            "per [annum|year|month]|the lesser of {percent} per month and the maximum rate "
+            "permitted by {law}].",
+        "If {q} {q fails fail} to pay any amount [when due|when it is due|within such period], {p} "
+            "may [suspend performance|charge a late fee of {money}|terminate {agr}].",
     ],
     "pa3": [
-        "All [payments|amounts due] under {agr} {mod} be made in [United States dollars|immediately "
-            "available funds][ without [set-off|deduction]|].",
-        "{^q} {mod} [be responsible for|pay] all [applicable |]taxes[, other than taxes on the income of "
-            "{p}| arising from {agr}|].",
+        "All [payments|amounts due] under {agr} {mod} be made in [United States "
+            "dollars|immediately available funds][ without [set-off|deduction]|].",
+        "{^q} {mod} [be responsible for|pay] all [applicable |]taxes[, other than taxes on the "
+            "income of {p}| arising from {agr}|].",
     ],
     "pa4": [
         "{^p} {mod} keep [complete and accurate|accurate] [books and |]records, and {q} may "
@@ -512,9 +535,10 @@ RULES = {
     "Warranties": ["2:{wr1}[| {wr2}| {wr3}| {wr2} {wr3}]", "{wr_list}[| {wr3}]"],
     "Representations and Warranties": ["2:{wr_list}[| {wr3}]", "{wr1}[| {wr2}]"],
     "wr1": [
-        "{^p} [2:{p represents represent} and {p warrants warrant}|{p warrants warrant}] [to {q} |]that "
-            "the [2:Products|Services|Goods] {mod} [conform to the specifications|be free from defects in "
-            "[material|materials] and workmanship|be performed in a [professional|workmanlike] manner][| "
+        "{^p} [2:{p represents represent} and {p warrants warrant}|{p warrants warrant}] [to {q} "
+            "|]that the [2:Products|Services|Goods] {mod} [conform to "
+            "the specifications|be free from defects in [material|materials] "
+            "and workmanship|be performed in a [professional|workmanlike] manner][| "
             "for a period of {months} [after|from] [delivery|the date of delivery]].",
     ],
     "wr_list": [
@@ -522,127 +546,137 @@ RULES = {
         "Each party represents and warrants [2:to the other party |]that {list:wr_item}",
     ],
     "wr_item": [
-        "it has [the |][full |][right, power and authority|power and authority|authority] to enter into "
-            "{agr}",
-        "{agr} is a [legal, valid and binding|valid and binding] obligation[, enforceable in accordance "
-            "with its terms|]",
+        "it has [the |][full |][right, power and authority|power and authority|authority] to "
+            "enter into {agr}",
+        "{agr} is a [legal, valid and binding|valid and binding] obligation[, enforceable in "
+            "accordance with its terms|]",
         "no consent of {third} is required",
         "there is no [action|claim|proceeding] pending [or threatened |]against it",
-        "it is [duly organized and |][validly existing|in good standing] under the laws of the State of "
-            "{STATE}",
+        "it is [duly organized and |][validly existing|in good standing] under the laws of the "
+            "State of {STATE}",
     ],
     "wr_item_p": [
         "{p it they} {p has have} [the |][full |][right, power and authority|power and "
             "authority|authority] to enter into {agr}",
-        "{agr} is a [legal, valid and binding|valid and binding] obligation[, enforceable in accordance "
-            "with its terms|]",
+        "{agr} is a [legal, valid and binding|valid and binding] obligation[, enforceable in "
+            "accordance with its terms|]",
         "no consent of {third} is required",
         "there is no [action|claim|proceeding] pending [or threatened |]against {p it them}",
-        "{p it they} {p is are} [duly organized and |][validly existing|in good standing] under the laws "
-            "of the State of {STATE}",
+        "{p it they} {p is are} [duly organized and |][validly existing|in good standing] under "
+            "the laws of the State of {STATE}",
     ],
     "wr2": [
-        "The sole remedy of {q} for [breach of this warranty|any breach of this Section] {mod} be [the "
-            "repair or replacement of the [defective |]Products|a refund of the amounts paid].",
+        "The sole remedy of {q} for [breach of this warranty|any breach of this Section] {mod} be "
+            "[the repair or replacement of the [defective |]Products|a refund of the "
+            "amounts paid].",
     ],
     "wr3": [
-        "EXCEPT AS [EXPRESSLY |]SET FORTH IN THIS [SECTION|{UPPER}], {p_upper} {p MAKES MAKE} NO [OTHER "
-            "|]WARRANTIES[, EXPRESS OR IMPLIED|, INCLUDING ANY WARRANTY OF MERCHANTABILITY| OF ANY KIND].",
+        "EXCEPT AS [EXPRESSLY |]SET FORTH IN THIS [SECTION|{UPPER}], {p_upper} {p MAKES MAKE} NO "
+            "[OTHER |]WARRANTIES[, EXPRESS OR IMPLIED|, INCLUDING ANY WARRANTY OF MERCHANTABILITY| "
+            "OF ANY KIND].",
     ],
 
     # Limitation of liability
     "Limitation of Liability": ["2:{ll1}[| {ll2}]", "{ll2}[| {ll3}]", "{ll1} {ll3}"],
     "ll1": [
-        "IN NO EVENT {MODAL_UPPER} [2:EITHER PARTY|{p_upper}|{p_upper}] BE LIABLE[| TO THE OTHER PARTY] "
-            "FOR ANY [INDIRECT, |]INCIDENTAL[, SPECIAL|] OR CONSEQUENTIAL DAMAGES[ ARISING OUT OF THIS "
-            "{UPPER}|][, INCLUDING [LOST PROFITS|LOSS OF PROFITS]|].",
-        "Neither party {mod} be liable [to the other |]for any [indirect, |]incidental[, special|] or "
-            "consequential damages[| arising out of {agr}][, including lost profits|][|, even if [it has "
-            "been |]advised of the possibility of such damages].",
+        "IN NO EVENT {MODAL_UPPER} [2:EITHER PARTY|{p_upper}|{p_upper}] BE LIABLE[| TO THE OTHER "
+            "PARTY] FOR ANY [INDIRECT, |]INCIDENTAL[, SPECIAL|] OR CONSEQUENTIAL DAMAGES[ ARISING "
+            "OUT OF THIS {UPPER}|][, INCLUDING [LOST PROFITS|LOSS OF PROFITS]|].",
+        "Neither party {mod} be liable [to the other |]for any [indirect, |]incidental[, special|] "
+            "or consequential damages[| arising out of {agr}][, including lost profits|][|, even "
+            "if [it has been |]advised of the possibility of such damages].",
     ],
     "ll2": [
-        "The [total |aggregate |]liability of {p} under {agr} {mod} not exceed [2:{money}|the [total "
-            "|]amounts paid [by {q} |][under {agr}|during the preceding {months}]].",
+        "The [total |aggregate |]liability of {p} under {agr} {mod} not exceed [2:{money}|the "
+            "[total |]amounts paid [by {q} |][under {agr}|during the preceding {months}]].",
     ],
     "ll3": [
         "The limitations [set forth |]in this Section {mod} not apply to [2:any breach of "
-            "confidentiality|[fraud|gross negligence] or willful misconduct|the obligations of {p} to "
-            "indemnify {q}].",
-        "Nothing in {agr} {mod} limit the liability of {p} for [fraud|personal injury|death or personal "
-            "injury].",
+            "confidentiality|[fraud|gross negligence] or willful misconduct|the obligations of {p} "
+            "to indemnify {q}].",
+        "Nothing in {agr} {mod} limit the liability of {p} for [fraud|personal injury|death or "
+            "personal injury].",
     ],
 
     # Definitions
     "Definitions": [
-        "As used in {agr}, the following terms {mod} have the following meanings:{deflist:def_item}",
+        "As used in {agr}, the following terms {mod} have the following "
+            "meanings:{deflist:def_item}",
         "2:[For purposes of|In] {agr}, the following definitions [{mod} |]apply:{deflist:def_item}",
     ],
     "def_item": [
-        "\"Affiliate\" means any [entity|person] that [controls, is controlled by or is under common control "
-            "with|directly or indirectly controls] a party",
-        "\"Business Day\" means any day other than a Saturday, a Sunday or [a public holiday|a holiday][ in "
-            "the State of {STATE}|]",
+        "\"Affiliate\" means any [entity|person] that [controls, is controlled by or is under "
+            "common control with|directly or indirectly controls] a party",
+        "\"Business Day\" means any day other than a Saturday, a Sunday or [a public holiday|a "
+            "holiday][ in the State of {STATE}|]",
         "\"Effective Date\" means {date}",
-        "\"Products\" means the [products|goods] [described|listed] in [Exhibit A|{ref}|Schedule 1]",
-        "\"Services\" means the services [described|listed] in [Exhibit A|{ref}|Schedule 1][ to be performed "
-            "by {p}|]",
-        "\"Territory\" means the [State of {STATE}|United States of America|States of {STATE} and {state2}]",
+        "\"Products\" means the [products|goods] [described|listed] in [Exhibit "
+            "A|{ref}|Schedule 1]",
+        "\"Services\" means the services [described|listed] in [Exhibit A|{ref}|Schedule 1][ to be "
+            "performed by {p}|]",
+        "\"Territory\" means the [State of {STATE}|United States of America|States of {STATE} "
+            "and {state2}]",
         "\"Purchase Price\" means {money}",
         "\"Losses\" means {claims}",
-        "\"Person\" means [any individual, corporation or partnership|an individual or a legal entity]",
-        "\"Intellectual Property\" means all [patents, trademarks and copyrights|patents, copyrights and "
-            "trade secrets]",
-        "\"Term\" means the period [beginning|commencing] on the Effective Date and ending on {later}",
-        "\"Confidential Information\" means all non-public information [disclosed by either party|of {p}]",
+        "\"Person\" means [any individual, corporation or partnership|an individual or a "
+            "legal entity]",
+        "\"Intellectual Property\" means all [patents, trademarks and copyrights|patents, "
+            "copyrights and trade secrets]",
+        "\"Term\" means the period [beginning|commencing] on the Effective Date and "
+            "ending on {later}",
+        "\"Confidential Information\" means all non-public information [disclosed by either "
+            "party|of {p}]",
     ],
 
     # Insurance, independent contractor, dispute resolution, counterparts, property
     "Insurance": [
-        "{^q} {mod} [obtain and |]maintain[, at {q its their} [own|sole] expense,|] [2:commercial general "
-            "liability insurance|liability insurance|property insurance] with [limits|coverage] of [at "
-            "least|not less than] {money} [2:per occurrence|for each claim|in the aggregate][ during the "
-            "term of {agr}|].[| {is2}]",
+        "{^q} {mod} [obtain and |]maintain[, at {q its their} [own|sole] expense,|] [2:commercial "
+            "general liability insurance|liability insurance|property insurance] with "
+            "[limits|coverage] of [at least|not less than] {money} [2:per occurrence|for each "
+            "claim|in the aggregate][ during the term of {agr}|].[| {is2}]",
     ],
     "is2": [
-        "[Upon request, |]{^q} {mod} [furnish|provide|deliver] [to |]{p} [2:a certificate|certificates] of "
-            "insurance[| within {days} days].",
+        "[Upon request, |]{^q} {mod} [furnish|provide|deliver] [to |]{p} [2:a "
+            "certificate|certificates] of insurance[| within {days} days].",
         "Each policy {mod} [name {p} as an additional insured|provide for {days} days' notice of "
             "cancellation].",
     ],
     "Relationship of the Parties": ["2:{ic1}[| {ic2}]"],
     "Independent Contractor": ["{ic1} {ic2}"],
     "ic1": [
-        "[2:The parties are independent contractors[| and not partners]|{^q} {q is are} not the agent of "
-            "{p}], and nothing in {agr} {mod} [create|be deemed to create|be construed as creating] [a "
-            "partnership|a joint venture|an employment relationship|a partnership or joint venture][ "
-            "between the parties|].",
-        "Nothing in {agr} {mod} [create|be construed to create] [a partnership|a joint venture|an agency "
-            "relationship] between {p} and {q}.",
+        "[2:The parties are independent contractors[| and not partners]|{^q} {q is are} not the "
+            "agent of {p}], and nothing in {agr} {mod} [create|be deemed to create|be construed as "
+            "creating] [a partnership|a joint venture|an employment relationship|a partnership or "
+            "joint venture][ between the parties|].",
+        "Nothing in {agr} {mod} [create|be construed to create] [a partnership|a joint venture|an "
+            "agency relationship] between {p} and {q}.",
     ],
     "ic2": [
-        "[2:Neither party {mod} have [any |]authority to bind the other|{^q} {q does do} not have [any "
-            "|]authority to bind {p}] [in any manner|without {prior} consent].",
+        "[2:Neither party {mod} have [any |]authority to bind the other|{^q} {q does do} not have "
+            "[any |]authority to bind {p}] [in any manner|without {prior} consent].",
     ],
     "Dispute Resolution": ["{dr1} {dr2}[| {dr3}]", "{dr2}[| {dr3}]"],
     "Arbitration": ["{dr2}[| {dr3}| {gl3}]"],
     "dr1": [
-        "The parties {mod} [2:attempt|use good faith efforts] to resolve any dispute [arising under {agr} "
-            "|][2:by negotiation|through mediation|by good faith negotiation][| within {days} days].",
+        "The parties {mod} [2:attempt|use good faith efforts] to resolve any dispute [arising "
+            "under {agr} |][2:by negotiation|through mediation|by good faith negotiation][| within "
+            "{days} days].",
     ],
     "dr2": [
         "Any [dispute|controversy or claim] [arising [under|out of]|relating to] {agr} {mod} be "
-            "[2:settled|finally resolved|resolved] by [binding |]arbitration in {CITY}, {STATE}[, before "
-            "[one arbitrator|a single arbitrator|three arbitrators]|].",
+            "[2:settled|finally resolved|resolved] by [binding |]arbitration in {CITY}, {STATE}[, "
+            "before [one arbitrator|a single arbitrator|three arbitrators]|].",
     ],
     "dr3": [
-        "The decision of the [arbitrator|arbitrators] {mod} be final and binding[ on the parties|].",
-        "[Each party {mod} bear its own costs|The costs of the arbitration {mod} be shared equally by the "
-            "parties].",
+        "The decision of the [arbitrator|arbitrators] {mod} be final and binding[ on "
+            "the parties|].",
+        "[Each party {mod} bear its own costs|The costs of the arbitration {mod} be shared equally "
+            "by the parties].",
     ],
     "Counterparts": [
-        "{^agr} may be [executed|signed] in [2:any number of|two or more|several] counterparts, each of "
-            "which {mod} be [2:deemed |]an original[2: and all of which [together |]{mod} constitute one "
-            "[and the same |]instrument|].[| {ct2}]",
+        "{^agr} may be [executed|signed] in [2:any number of|two or more|several] counterparts, "
+            "each of which {mod} be [2:deemed |]an original[2: and all of which [together |]{mod} "
+            "constitute one [and the same |]instrument|].[| {ct2}]",
     ],
     "ct2": [
         "[Signatures|Copies] [delivered|sent] by [electronic mail|facsimile] {mod} be [2:deemed "
@@ -650,46 +684,47 @@ RULES = {
     ],
     "as_originals": ["[binding|effective|valid] as originals", "originals"],
     "License Grant": [
-        "[Subject to [the terms of {agr}|{ref}], {p}|2:{^p}] [hereby |]{p grants grant} [to |]{q} [2:a "
-            "non-exclusive|a limited, non-exclusive|an exclusive], "
+        "[Subject to [the terms of {agr}|{ref}], {p}|2:{^p}] [hereby |]{p grants grant} [to |]{q} "
+            "[2:a non-exclusive|a limited, non-exclusive|an exclusive], "
             "[non-transferable|revocable|royalty-free] [right and |]license to use the "
-            "[2:Software|Licensed Marks|Intellectual Property][| [in the State of {STATE}|during the term "
-            "of {agr}|for {q its their} internal business purposes]].[| {lg2}]",
+            "[2:Software|Licensed Marks|Intellectual Property][| [in the State of {STATE}|during "
+            "the term of {agr}|for {q its their} internal business purposes]].[| {lg2}]",
     ],
     "lg2": [
         "{^q} {mod} not [2:copy, modify or distribute|sublicense|sell or transfer] the "
             "[Software|Intellectual Property][| without the {prior} consent of {p}].",
-        "[All rights not [expressly |]granted|Title to the Intellectual Property] {mod} remain with {p}.",
+        "[All rights not [expressly |]granted|Title to the Intellectual Property] {mod} "
+            "remain with {p}.",
     ],
 
     # Opening of an agreement
     "preamble": [
-        "2:This {AGR} [(this \"{AGR}\") |]is [2:made|entered into|made and entered into] [as of|on] "
-            "{date}[2: (the \"Effective Date\")|][, by and between| by and between|, between| between] "
-            "{party_a} (the \"{A}\") and {party_b} ({b_the}\"{B}\").",
-        "This {AGR}, dated [as of |]{date}[ (the \"Effective Date\")|], is [by and between|between] "
-            "{party_a} (the \"{A}\") and {party_b} ({b_the}\"{B}\").",
-        "This {AGR} sets forth the [2:terms of the relationship|agreement|rights and obligations] of {A.} "
-            "and {B.}.",
+        "2:This {AGR} [(this \"{AGR}\") |]is [2:made|entered into|made and entered into] [as "
+            "of|on] {date}[2: (the \"Effective Date\")|][, by and between| by and between|, "
+            "between| between] {party_a} (the \"{A}\") and {party_b} ({b_the}\"{B}\").",
+        "This {AGR}, dated [as of |]{date}[ (the \"Effective Date\")|], is [by and "
+            "between|between] {party_a} (the \"{A}\") and {party_b} ({b_the}\"{B}\").",
+        "This {AGR} sets forth the [2:terms of the relationship|agreement|rights and obligations] "
+            "of {A.} and {B.}.",
     ],
     "recitals": [
-        "WHEREAS, {A.} {A wishes wish} to [engage|contract with|do business with] {B.}; and\nWHEREAS, {B.} "
-            "{B is are} [willing|prepared] to [accept the terms of {agr}|perform {B its their} obligations "
-            "under {agr}];\nNOW, THEREFORE, the parties agree as follows:",
+        "WHEREAS, {A.} {A wishes wish} to [engage|contract with|do business with] {B.}; and\n"
+            "WHEREAS, {B.} {B is are} [willing|prepared] to [accept the terms of {agr}|perform {B "
+            "its their} obligations under {agr}];\nNOW, THEREFORE, the parties agree as follows:",
         "3:The parties [hereby |]agree as follows:",
-        "In consideration of the mutual [promises|covenants] [contained herein|in {agr}], the parties "
-            "agree as follows:",
+        "In consideration of the mutual [promises|covenants] [contained herein|in {agr}], the "
+            "parties agree as follows:",
     ],
     "company": ["{cname1} {cname2} [2:Inc.|LLC|Corp.|Company|L.P.]"],
-    "cname1": ["2:Northern", "Summit", "Pacific", "Atlantic", "Granite", "Harbor", "Cedar", "Liberty",
-        "Pioneer", "Evergreen", "Sterling", "Lakeside", "Crescent", "Falcon", "Meridian", "Oak", "River",
-        "Silver"],
-    "cname2": ["Holdings", "Foods", "Energy", "Systems", "Logistics", "Capital", "Partners", "Industries",
-        "Media", "Software", "Properties", "Medical", "Steel", "Trading"],
+    "cname1": ["2:Northern", "Summit", "Pacific", "Atlantic", "Granite", "Harbor", "Cedar",
+        "Liberty", "Pioneer", "Evergreen", "Sterling", "Lakeside", "Crescent", "Falcon", "Meridian",
+        "Oak", "River", "Silver"],
+    "cname2": ["Holdings", "Foods", "Energy", "Systems", "Logistics", "Capital", "Partners",
+        "Industries", "Media", "Software", "Properties", "Medical", "Steel", "Trading"],
 
     # Statutes
-    "st_terms": ["[2:As used in this Act|In this Act|For purposes of this Act][, the following terms have the "
-                 "following meanings|]:"],
+    "st_terms": ["[2:As used in this Act|In this Act|For purposes of this Act][, the following "
+                 "terms have the following meanings|]:"],
     "st_each": ["[3:Each|Every] {who} shall"],
     "st_also": ["[The|2:Each] {who} shall[ also|]"],
     "st_no": ["No {who} [2:may|shall] [2:fail|refuse] to {duty}."],
@@ -700,24 +735,28 @@ RULES = {
             "[3:subsection {first}|this section] {punished}.",
     ],
     "punished": [
-        "2:is guilty of a [2:misdemeanor|felony] and shall be fined not more than {money}[2:| or imprisoned "
-            "for not more than {years}, or both]",
-        "2:is [subject to|liable for] a civil penalty of not more than {money}[| for each violation]",
-        "shall be [fined|punished by a fine of] not [more than|less than {money} nor more than] {bigmoney}",
+        "2:is guilty of a [2:misdemeanor|felony] and shall be fined not more than {money}[2:| or "
+            "imprisoned for not more than {years}, or both]",
+        "2:is [subject to|liable for] a civil penalty of not more than {money}[| for "
+            "each violation]",
+        "shall be [fined|punished by a fine of] not [more than|less than {money} nor more "
+            "than] {bigmoney}",
     ],
     "exempt": [
         "an agency of the [State|United States|federal government]",
-        "a [bank|credit union|nonprofit organization] [organized|chartered] under the laws of [this "
-            "State|the United States]",
+        "a [bank|credit union|nonprofit organization] [organized|chartered] under the laws of "
+            "[this State|the United States]",
         "a person who [acts|relied] in good faith",
         "any person with fewer than {few} employees",
     ],
     "duty": [
         "[obtain a [license|permit] from|file a report with|register with] the "
-            "[department|commissioner|board][| at least {days} days before [beginning business|any change]]",
-        "[keep|maintain] [complete and accurate|accurate] records for [not less than |at least ]{years}",
-        "[give|provide] written notice to [each affected person|the department|the public] within {days} "
-            "days",
+            "[department|commissioner|board][| at least {days} days before [beginning "
+            "business|any change]]",
+        "[keep|maintain] [complete and accurate|accurate] records for [not less than |at "
+            "least ]{years}",
+        "[give|provide] written notice to [each affected person|the department|the public] "
+            "within {days} days",
         "pay [to the department |]an annual fee of {money}",
         "[post a bond|deposit security] in the amount of {money}",
     ],
@@ -731,17 +770,18 @@ RULES = {
     "RULE": ["3:proposed rule", "final rule"],
     "action": [
         "[amend|revise] its [regulations|rules] [on|for|governing|concerning] {things}",
-        "[establish|issue|adopt] [new |][standards|requirements|reporting requirements] for {things}",
+        "[establish|issue|adopt] [new |][standards|requirements|reporting requirements] "
+            "for {things}",
         "[withdraw|update] its [guidance|policy] on {things}",
     ],
     "must": [
-        "[submit|file] [a report|an application|a certification] to {ACR} [2:within {days} days [after|of] "
-            "[the effective date|the date of the event|receipt of notice]|not later than {date}|each "
-            "calendar year]",
+        "[submit|file] [a report|an application|a certification] to {ACR} [2:within {days} days "
+            "[after|of] [the effective date|the date of the event|receipt of notice]|not later "
+            "than {date}|each calendar year]",
         "[keep|maintain|retain] records for [at least |not less than |]{years}",
         "notify {ACR} [in writing |]within {days} days [after|of] any [change|violation|accident]",
-        "[comply|be in compliance] with [the {LAW}|the [safety|reporting] requirements of this part][| on or "
-            "before {date}]",
+        "[comply|be in compliance] with [the {LAW}|the [safety|reporting] requirements of this "
+            "part][| on or before {date}]",
         "[conduct|perform] [an inspection|a test|an audit] every {months}",
         "pay a fee of {money}",
         "[obtain|hold] a [permit|license|certificate] [issued by {ACR}|before operation]",
@@ -760,25 +800,26 @@ RULES = {
             "entities|the industry] [about|approximately] {bigmoney} [per|each] year.",
     ],
     "small": [
-        "{ACR} [certifies|has determined] that this [{short}|action] {would} not have a significant "
-            "economic impact on a substantial number of small entities.",
+        "{ACR} [certifies|has determined] that this [{short}|action] {would} not have a "
+            "significant economic impact on a substantial number of small entities.",
     ],
     "under": [
-        "3:Under this [4:{RULE}|section|part], [2:the [3:agency|Agency] must {agency_must}|[each|any] "
-            "{x=person} must {must}[2:|, unless {unless}]].",
+        "3:Under this [4:{RULE}|section|part], [2:the [3:agency|Agency] must "
+            "{agency_must}|[each|any] {x=person} must {must}[2:|, unless {unless}]].",
         "Under this [3:{RULE}|part|section], {things} must {things_must}.",
         "Under {cfr}, [each|any] {person} must {must}.",
     ],
     "agency_must": [
-        "[2:determine|assess|consider] the [effect|impact|effects] of {its_rule} on [2:State, local, and "
-            "Tribal governments|small entities|the public|the environment]",
-        "[publish|issue] [2:a notice|its findings] in the Federal Register [within {days} days|not later "
-            "than {date}|before any final action]",
-        "[review|act on|approve or deny] [each|an] application within {days} days [after|of] receipt",
-        "[consult with|give notice to] [State and local governments|affected parties|the public] [before "
-            "any final action|concerning {its_rule}]",
-        "[prepare|complete] [an environmental assessment|an analysis of costs and benefits|a regulatory "
-            "impact analysis][| within {months}]",
+        "[2:determine|assess|consider] the [effect|impact|effects] of {its_rule} on [2:State, "
+            "local, and Tribal governments|small entities|the public|the environment]",
+        "[publish|issue] [2:a notice|its findings] in the Federal Register [within {days} days|not "
+            "later than {date}|before any final action]",
+        "[review|act on|approve or deny] [each|an] application within {days} days "
+            "[after|of] receipt",
+        "[consult with|give notice to] [State and local governments|affected parties|the public] "
+            "[before any final action|concerning {its_rule}]",
+        "[prepare|complete] [an environmental assessment|an analysis of costs and benefits|a "
+            "regulatory impact analysis][| within {months}]",
     ],
     "its_rule": ["2:the rule", "this action", "{things}"],
     "things_must": [
@@ -793,16 +834,16 @@ RULES = {
         "the {x} is a small entity",
     ],
     "no_goods": [
-        "No {person} may [2:sell|distribute|offer for sale|import] {things} that [2:do not comply|are not "
-            "in compliance] with {cfr}.",
+        "No {person} may [2:sell|distribute|offer for sale|import] {things} that [2:do not "
+            "comply|are not in compliance] with {cfr}.",
     ],
     "no_else": [
         "No {person} may [2:operate|engage in business] [2:in violation of {cfr}|without a "
             "[permit|license][ issued by {ACR}|]].",
     ],
     "regulated": [
-        "3:{^things} are regulated by the {AGENCY} ({ACR}) under [2:{cfr}|the {LAW}][2:|, as amended[| on "
-            "{date}]].",
+        "3:{^things} are regulated by the {AGENCY} ({ACR}) under [2:{cfr}|the {LAW}][2:|, as "
+            "amended[| on {date}]].",
         "The {AGENCY} ({ACR}) regulates {things} under [{cfr}|the {LAW}].",
     ],
 }
@@ -810,14 +851,15 @@ RULES = {
 HEADINGS = ["5:Governing Law", "4:Confidentiality", "3:Indemnification", "2:Term and Termination",
             "2:Termination", "1:Term", "3:Notices", "3:Assignment", "3:Severability", "Waiver",
             "3:Entire Agreement", "Amendment", "3:Force Majeure", "2:Payment", "Payment Terms",
-            "2:Warranties", "Representations and Warranties", "3:Limitation of Liability", "2:Definitions",
-            "2:Insurance", "Relationship of the Parties", "Independent Contractor", "Dispute Resolution",
-            "Arbitration", "Counterparts", "2:License Grant"]
+            "2:Warranties", "Representations and Warranties", "3:Limitation of Liability",
+            "2:Definitions", "2:Insurance", "Relationship of the Parties", "Independent Contractor",
+            "Dispute Resolution", "Arbitration", "Counterparts", "2:License Grant"]
 
 # One of these in a document is enough.
-KIN = [("Term", "Termination", "Term and Termination"), ("Payment", "Payment Terms"), ("Waiver", "Amendment"),
-       ("Warranties", "Representations and Warranties"),
-       ("Relationship of the Parties", "Independent Contractor"), ("Dispute Resolution", "Arbitration")]
+KIN = [("Term", "Termination", "Term and Termination"), ("Payment", "Payment Terms"),
+       ("Waiver", "Amendment"), ("Warranties", "Representations and Warranties"),
+       ("Relationship of the Parties", "Independent Contractor"),
+       ("Dispute Resolution", "Arbitration")]
 
 
 # ---- The composer -----------------------------------------------------------------------------
@@ -1014,11 +1056,12 @@ class Composer:
         return "%s (%d)" % (in_words(n), n)
 
     def do_days(self):
-        return self.figure(self.choose(((2, 5), (4, 10), (3, 15), (2, 20), (8, 30), (3, 45), (5, 60), (4, 90), (1, 7),
-                                        (1, 14), (1, 120), (1, 180))))
+        return self.figure(self.choose(((2, 5), (4, 10), (3, 15), (2, 20), (8, 30), (3, 45),
+                                        (5, 60), (4, 90), (1, 7), (1, 14), (1, 120), (1, 180))))
 
     def do_months(self):
-        return self.figure(self.choose(((3, 6), (4, 12), (2, 18), (2, 24), (1, 36), (2, 3)))) + " months"
+        return (self.figure(self.choose(((3, 6), (4, 12), (2, 18), (2, 24), (1, 36), (2, 3))))
+                + " months")
 
     def do_years(self):
         n = self.choose(((3, 1), (3, 2), (4, 3), (4, 5), (1, 4), (1, 7), (2, 10), (1, 20)))
@@ -1029,7 +1072,8 @@ class Composer:
         return "%s percent (%d%%)" % (in_words(n), n)
 
     def amount(self, scale):
-        n = scale * self.choose(((4, 1), (3, 2), (1, 3), (4, 5), (2, 10), (1, 15), (2, 25), (2, 50), (1, 75)))
+        n = scale * self.choose(((4, 1), (3, 2), (1, 3), (4, 5), (2, 10), (1, 15), (2, 25),
+                                 (2, 50), (1, 75)))
         style = self.fixed.get("money")
         if style is None:
             style = self.fixed["money"] = self.choose(((2, "figures"), (1, "words")))
@@ -1046,7 +1090,8 @@ class Composer:
     def do_date(self):
         """In the document's year, or the next."""
         if "year" not in self.fixed:
-            years = [(1, year) for year in range(1996, 2010)] + [(2, year) for year in range(2010, 2025)]
+            years = ([(1, year) for year in range(1996, 2010)]
+                     + [(2, year) for year in range(2010, 2025)])
             self.fixed["year"] = self.choose(years)
             return self.day_of(self.fixed["year"])
         return self.day_of(self.fixed["year"] + self.choose(((4, 0), (1, 1))))
@@ -1059,7 +1104,8 @@ class Composer:
     def day_of(self, year):
         month = self.pick(list(MONTHS))
         last = MONTHS[month]
-        day = self.choose([(2 * last if day in (1, last) else 1, day) for day in range(1, last + 1)])
+        day = self.choose([(2 * last if day in (1, last) else 1, day)
+                           for day in range(1, last + 1)])
         return "%s %d, %d" % (month, day, year)
 
     # Numbering and references
@@ -1078,17 +1124,20 @@ class Composer:
     def do_list(self, rule):
         """(a) one; (b) two; or (c) three."""
         items = self.several(rule, 2, 4)
-        joint = "and" if rule.startswith("wr_item") else "or"  # warranties add up, the others are cases
+        # Warranties add up, the others are cases.
+        joint = "and" if rule.startswith("wr_item") else "or"
         marks = self.marks()
         out = ""
         for i, item in enumerate(items):
-            end = "." if i == len(items) - 1 else "; " + (joint + " " if i == len(items) - 2 else "")
+            end = ("." if i == len(items) - 1
+                   else "; " + (joint + " " if i == len(items) - 2 else ""))
             out += "%s %s%s" % (marks[i], item, end)
         return out
 
     def do_deflist(self, rule):
         marks = self.marks()
-        return "".join("\n%s %s." % (marks[i], item) for i, item in enumerate(self.several(rule, 2, 4)))
+        return "".join("\n%s %s." % (marks[i], item)
+                       for i, item in enumerate(self.several(rule, 2, 4)))
 
     def marks(self):
         if "marks" not in self.fixed:
@@ -1125,7 +1174,8 @@ class Composer:
         return found
 
     def section_text(self, heading):
-        """The text of a contract's section. Who pays, warrants and licenses is not left to chance."""
+        """The text of a contract's section. Who pays, warrants and licenses is not left to
+        chance."""
         self.local, self.order = {}, {}
         if re.match("Payment|Warranties|Representations|License", heading):
             self.order = {"p": "A", "q": "B"}
@@ -1151,7 +1201,8 @@ class Composer:
                 head, _, items = body.partition("\n")
                 sentences = re.split(r"(?<=[a-z0-9A-Z)]\.) (?=[A-Z\"])", head)
                 lines = ["%d.%d %s" % (n, i, s) for i, s in enumerate(sentences, 1)]
-                out.append("%d. %s.\n%s\n%s" % (n, heading, "\n".join(lines), items + "\n" if items else ""))
+                out.append("%d. %s.\n%s\n%s"
+                           % (n, heading, "\n".join(lines), items + "\n" if items else ""))
             else:
                 out.append(style % (n, heading) + self.section_text(heading) + "\n")
             n += 1
@@ -1169,9 +1220,11 @@ class Composer:
         act = self.pick(list(SUBJECTS))
         self.local["who"], terms = SUBJECTS[act]
         number = self.pick(range(1, 31))
-        title, parts = self.choose(((3, "Definitions/terms"), (3, "Duties/duties penalty st_exempt"),
-                                    (2, "Penalties/st_no penalty rules"), (2, "Exemptions/act_exempt rules"))).split("/")
-        head = self.choose(((2, "§ %d. %s.\n"), (1, "Sec. %d. %s.\n"), (1, act + "\nSection %d. %s.\n")))
+        title, parts = self.choose(
+            ((3, "Definitions/terms"), (3, "Duties/duties penalty st_exempt"),
+             (2, "Penalties/st_no penalty rules"), (2, "Exemptions/act_exempt rules"))).split("/")
+        head = self.choose(((2, "§ %d. %s.\n"), (1, "Sec. %d. %s.\n"),
+                            (1, act + "\nSection %d. %s.\n")))
         head %= number, title
         marks = ["(%s)" % c for c in "abcdefgh"]
         self.local["first"] = marks[0]
@@ -1227,7 +1280,8 @@ class Composer:
     def do_cfr(self):
         """The part is the document's: a second reference is to the same one."""
         if "part" not in self.fixed:
-            self.fixed["part"] = self.pick([10, 25, 50, 60, 101, 110, 121, 201, 240, 301, 395, 610, 807, 820])
+            self.fixed["part"] = self.pick([10, 25, 50, 60, 101, 110, 121, 201, 240, 301, 395,
+                                            610, 807, 820])
         return "%d CFR Part %d" % (AGENCIES[self.slot("AGENCY")][1], self.fixed["part"])
 
     def notice(self):
@@ -1237,7 +1291,8 @@ class Composer:
         if form == "summary":
             out = "SUMMARY: %s %s\n" % (self.slot("summary"), self.slot("because"))
             date = self.slot("date")
-            out += "DATES: %s %s.\n" % (self.slot("comments" if self.proposed() else "effective"), date)
+            out += ("DATES: %s %s.\n"
+                    % (self.slot("comments" if self.proposed() else "effective"), date))
             return out + self.slot("supplement")
         sentences = [self.slot(form)]
         used = {form}

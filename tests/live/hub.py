@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The exporter and the real huggingface_hub, on one cache and one local server.
 
-    pip install -r requirements.txt
-    ./live_hub.py [WORD...]
+    pip install -r tests/requirements.txt
+    tests/live/hub.py [WORD...]
 """
 import sys
 
@@ -14,8 +14,11 @@ import os
 import subprocess
 import threading
 import time
+from pathlib import Path
 
-from harness import expect, run_tests, test
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules of tests/
+
+from harness import expect, run_tests, selected, test
 from test_export import ROTARY
 from test_hub import COMMIT, MAIN_FILES, MODEL, TOKEN, WEIGHTS, Case, FakeHub, clean, model_files
 
@@ -38,8 +41,8 @@ def say(value):
 def library(code, environment, names=MAIN_FILES):
     """Starts these lines in a process with the library."""
     environment = {"HF_HUB_DISABLE_TELEMETRY": "1", **environment}
-    return subprocess.Popen([sys.executable, "-c", LIBRARY % (MODEL, names) + code], env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", LIBRARY % (MODEL, names) + code],
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def said(child):
@@ -57,7 +60,7 @@ def until(condition):
 
 
 @test("what the exporter downloads, huggingface_hub and transformers find offline")
-def _():
+def library_finds_our_download():
     for shards in (1, 3):
         case = Case(model_files(shards))
         names = sorted(case.hub.files)
@@ -75,21 +78,23 @@ def _():
 info = hub.scan_cache_dir()
 [repo] = info.repos
 [revision] = repo.revisions
-say([len(info.warnings), repo.repo_id, repo.size_on_disk, revision.commit_hash, sorted(revision.refs),
-     sorted(file.file_name for file in revision.files)])""", offline))
+say([len(info.warnings), repo.repo_id, repo.size_on_disk, revision.commit_hash,
+     sorted(revision.refs), sorted(file.file_name for file in revision.files)])""", offline))
         size = sum(map(len, case.hub.files.values()))
-        expect(found, [0, MODEL, size, COMMIT, ["main", "v1/a"], names], "what it makes of the cache")
+        expect(found, [0, MODEL, size, COMMIT, ["main", "v1/a"], names],
+               "what it makes of the cache")
         found = said(library("""
 import transformers
 loaded = transformers.GPTNeoXForCausalLM.from_pretrained(model)
-say([transformers.AutoTokenizer.from_pretrained(model)("This Agreement").input_ids, loaded.config.vocab_size])""",
-                             offline))
-        expect((len(found[0]) > 1, found[1]), (True, json.loads(case.hub.files["config.json"])["vocab_size"]))
+say([transformers.AutoTokenizer.from_pretrained(model)("This Agreement").input_ids,
+     loaded.config.vocab_size])""", offline))
+        expect((len(found[0]) > 1, found[1]),
+               (True, json.loads(case.hub.files["config.json"])["vocab_size"]))
         expect(case.hub.log, [], "asked")
 
 
 @test("what huggingface_hub downloads, the exporter finds offline")
-def _():
+def exporter_finds_their_download():
     for shards in (1, 3):
         case = Case(model_files(shards))
         case.hub.revisions["v1/a"] = COMMIT
@@ -102,7 +107,7 @@ def _():
 
 
 @test("neither downloads a blob that the other has, nor one that the other is downloading")
-def _():
+def shared_downloads():
     case = Case()
     said(library("say(get())", case.environment(), MAIN_FILES[:2]))
     case.check_works()
@@ -127,20 +132,25 @@ def _():
             err = child.communicate(timeout=60)[1].decode()
             expect(child.returncode, 0, err)
         case.check_exported()
-        expect(case.hub.sent[WEIGHTS], len(case.hub.files[WEIGHTS]), "library first: %s" % library_first)
+        expect(case.hub.sent[WEIGHTS], len(case.hub.files[WEIGHTS]),
+               "library first: %s" % library_first)
 
 
 @test("cache, token and offline mode are read from the environment as huggingface_hub reads them")
-def _():
+def environment_variables():
     hub = FakeHub(dict(model_files()))
-    for more in [{}, {"XDG_CACHE_HOME": "{top}/x"}, {"HF_HOME": "{top}/y"}, {"HF_HOME": "~/$USER/$NONE"},
-                 {"HF_HUB_CACHE": "{top}/z"}, {"HUGGINGFACE_HUB_CACHE": "$HOME/q"}, {"HF_HOME": ""},
+    for more in [{}, {"XDG_CACHE_HOME": "{top}/x"}, {"HF_HOME": "{top}/y"},
+                 {"HF_HOME": "~/$USER/$NONE"}, {"HF_HUB_CACHE": "{top}/z"},
+                 {"HUGGINGFACE_HUB_CACHE": "$HOME/q"}, {"HF_HOME": ""},
                  {"HUGGINGFACE_HUB_CACHE": "{top}/q", "HF_HUB_CACHE": "~/r"}, {"HF_TOKEN": " a\n"},
-                 {"HUGGING_FACE_HUB_TOKEN": "b", "HF_TOKEN": ""}, {"HUGGING_FACE_HUB_TOKEN": "b", "HF_TOKEN": "c"},
-                 {"HF_TOKEN": " "}, {"HF_TOKEN_PATH": "$HOME/token"}, {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "Yes"},
+                 {"HUGGING_FACE_HUB_TOKEN": "b", "HF_TOKEN": ""},
+                 {"HUGGING_FACE_HUB_TOKEN": "b", "HF_TOKEN": "c"}, {"HF_TOKEN": " "},
+                 {"HF_TOKEN_PATH": "$HOME/token"}, {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "Yes"},
                  {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "off"}, {"HF_TOKEN_PATH": "{top}/none"},
-                 *({"HF_HUB_OFFLINE": value} for value in ("1", "on", "YES", "true", "0", "2", "y", "", " 1")),
-                 {"TRANSFORMERS_OFFLINE": "1"}, {"TRANSFORMERS_OFFLINE": "1", "HF_HUB_OFFLINE": "0"},
+                 *({"HF_HUB_OFFLINE": value}
+                   for value in ("1", "on", "YES", "true", "0", "2", "y", "", " 1")),
+                 {"TRANSFORMERS_OFFLINE": "1"},
+                 {"TRANSFORMERS_OFFLINE": "1", "HF_HUB_OFFLINE": "0"},
                  {"TRANSFORMERS_OFFLINE": "1", "HF_HUB_OFFLINE": ""}]:
         case = Case(hub=hub)
         for place in (".cache/huggingface", "y"):
@@ -151,16 +161,19 @@ def _():
         environment = {"HOME": case.top, "USER": "me", "HF_ENDPOINT": hub.endpoint, **more}
         cache, offline, token = said(library("""
 from huggingface_hub.utils import build_hf_headers
-say([constants.HF_HUB_CACHE, hub.is_offline_mode(), build_hf_headers().get("authorization")])""", clean(environment)))
+say([constants.HF_HUB_CACHE, hub.is_offline_mode(), build_hf_headers().get("authorization")])""",
+                                             clean(environment)))
         os.chdir(case.top)   # for paths that are not absolute
         code, err = case.run(**{"HF_HOME": None, **environment})
         sent = {request.headers["Authorization"] for request in hub.log if request.host == "hub"}
         expect((code, sent), (1, set()) if offline else (0, {token}), "%s %s" % (more, err))
-        assert (" %s/models--" % cache if offline else " to %s/models--" % cache) in err, (cache, err)
+        assert (" %s/models--" % cache if offline
+                else " to %s/models--" % cache) in err, (cache, err)
 
 
-@test("GPTNeoXConfig of transformers makes of a config's rotary fields what the exporter's test says")
-def _():
+@test("GPTNeoXConfig of transformers makes of a config's rotary fields what the "
+      "exporter's test says")
+def rotary_fields():
     old = transformers.__version__.startswith("4.")
     for fields, of_4, of_5 in ROTARY:
         try:
@@ -175,4 +188,4 @@ def _():
 
 
 if __name__ == "__main__":
-    sys.exit(run_tests(["__main__"]))   # not the tests of test_hub.py as well
+    sys.exit(run_tests(selected(sys.argv[1:], "__main__")))   # not the tests of test_hub.py as well

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Makes references/forward-*.json anew: what transformers computes on tiny models of models.py.
+"""Makes tests/references/forward-*.json anew: what transformers computes on tiny models of
+models.py.
 
-    pip install -r requirements.txt
-    ./make_references.py
+    pip install -r tests/requirements.txt
+    tests/make/make_references.py
 
 `make test` compares with these files, so that it needs nothing but Python itself.
 """
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules of tests/
 
 import tokenizers
 import torch
@@ -39,12 +41,14 @@ def reference(seed, n_kv=None, **overrides):
     with tempfile.TemporaryDirectory() as directory:
         models.save_model(directory, config, weights)
         tokenizer = tokenizers.Tokenizer.from_file(directory + "/tokenizer.json")
-        model = transformers.GPTNeoXForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        model = transformers.GPTNeoXForCausalLM.from_pretrained(
+            directory, dtype=torch.float32).eval()
     ids = tokenizer.encode(TEXT).ids
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
-        out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        out = model.generate(torch.tensor([ids]),
+                             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                              do_sample=False, max_new_tokens=NEW_TOKENS, use_cache=True)[0]
         steps = model(out[None]).logits[0, len(ids) - 1:-1]
     best = steps.topk(2).values
@@ -55,14 +59,17 @@ def reference(seed, n_kv=None, **overrides):
 
 
 def main():
-    folder = Path(__file__).resolve().parent / "references"
+    folder = Path(__file__).resolve().parent.parent / "references"
     folder.mkdir(exist_ok=True)
-    made_with = "transformers %s, torch %s" % (transformers.__version__, torch.__version__.split("+")[0])
+    made_with = ("transformers %s, torch %s"
+                 % (transformers.__version__, torch.__version__.split("+")[0]))
     for name, options in MODELS.items():
         kept = {"made_with": made_with, "options": options, "text": TEXT, **reference(**options)}
         # One member a line, and one row of logits a line.
-        lines = ",\n".join("%s: %s" % (json.dumps(key), json.dumps(value, ensure_ascii=False).replace("], [", "],\n["))
-                           for key, value in kept.items())
+        lines = ",\n".join(
+            "%s: %s" % (json.dumps(key),
+                        json.dumps(value, ensure_ascii=False).replace("], [", "],\n["))
+            for key, value in kept.items())
         path = folder / ("forward-%s.json" % name)
         path.write_text("{" + lines + "}\n", encoding="utf-8")
         print("%s: %d bytes" % (path.name, path.stat().st_size))

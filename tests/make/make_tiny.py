@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 """Makes tests/tiny: composes the text (tiny_grammar.py), learns the tokenizer, trains, writes.
 
-    nice -n 5 python3 tests/make_tiny.py DIRECTORY --minutes 26
-    nice -n 5 python3 tests/make_tiny.py DIRECTORY --go-on --minutes 6 --rate 1e-3 --seed 5 --documents 30000
+    nice -n 5 python3 tests/make/make_tiny.py DIRECTORY --minutes 26
+    nice -n 5 python3 tests/make/make_tiny.py DIRECTORY --go-on --minutes 6 --rate 1e-3 --seed 5 \\
+        --documents 30000
 
-made it, on two cores that other work shared: 7.9 million tokens in 32 minutes, none of them twice. On
-1,000 held-out documents the model, as saved, pays 0.2429 nats a token, where the choices of the grammar
-hold 0.2133: 14% more. What the clock allows decides how many steps there are, so another run gives
-another model as good as its machine is fast. It needs what requirements.txt lists.
+made it, on two cores that other work shared: 7.9 million tokens in 32 minutes, none of them twice.
+On 1,000 held-out documents the model, as saved, pays 0.2429 nats a token, where the choices of the
+grammar hold 0.2133: 14% more. What the clock allows decides how many steps there are, so another
+run gives another model as good as its machine is fast. It needs what tests/requirements.txt lists.
 """
 import argparse
 import json
 import math
 import random
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, trainers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules of tests/
 
 from models import SPECIAL, byte_alphabet, write_safetensors
 from tiny_grammar import Composer
@@ -44,28 +48,32 @@ def learn_tokenizer(texts):
     """tokenizer.json as a dict: byte-level BPE learnt between the added tokens."""
     cut = re.compile("|".join(map(re.escape, sorted(ADDED, key=len, reverse=True))))
     def byte_level(prefix, offsets):
-        return {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": offsets, "use_regex": True}
+        return {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": offsets,
+                "use_regex": True}
 
     frame = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": byte_level(False, True), "post_processor": byte_level(True, False),
-        "decoder": byte_level(True, True),
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": {},
-                  "merges": []},
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": byte_level(False, True),
+        "post_processor": byte_level(True, False), "decoder": byte_level(True, True),
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+                  "byte_fallback": False, "vocab": {}, "merges": []},
     }
     learner = Tokenizer.from_str(json.dumps(frame))
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB - len(ADDED), special_tokens=SPECIAL, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - len(ADDED), special_tokens=SPECIAL,
+                                  show_progress=False,
                                   initial_alphabet=sorted(byte_alphabet().values()))
-    learner.train_from_iterator((piece for text in texts for piece in cut.split(text) if piece), trainer)
+    learner.train_from_iterator((piece for text in texts for piece in cut.split(text) if piece),
+                                trainer)
     learnt = json.loads(learner.to_str())["model"]
     frame["model"]["vocab"] = learnt["vocab"]
     frame["model"]["merges"] = [" ".join(pair) for pair in learnt["merges"]]
     first = len(learnt["vocab"])
 
     def add(number, content, special):
-        frame["added_tokens"].append({"id": number, "content": content, "single_word": False, "lstrip": False,
-                                      "rstrip": False, "normalized": not special, "special": special})
+        frame["added_tokens"].append({"id": number, "content": content, "single_word": False,
+                                      "lstrip": False, "rstrip": False, "normalized": not special,
+                                      "special": special})
     for number, content in enumerate(SPECIAL):
         add(number, content, True)
     for number, content in enumerate(ADDED, first):
@@ -121,7 +129,8 @@ class Layer(torch.nn.Module):
         v = qkv[:, HEADS + KV_HEADS:].repeat_interleave(HEADS // KV_HEADS, 1)
         mixed = F.scaled_dot_product_attention(qk[:, :HEADS], k, v, is_causal=True)
         attended = self.dense(mixed.transpose(1, 2).reshape(batch, length, HIDDEN))
-        return x + attended + self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(self.post_attention_layernorm(x))))
+        return (x + attended
+                + self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(self.post_attention_layernorm(x)))))
 
 
 class Model(torch.nn.Module):
@@ -136,7 +145,8 @@ class Model(torch.nn.Module):
         self.cos, self.sin = angles.cos(), angles.sin()
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                torch.nn.init.normal_(weight, std=0.02 if "embed" in name else 0.8 * weight.shape[1] ** -0.5)
+                torch.nn.init.normal_(weight, std=0.02 if "embed" in name
+                                      else 0.8 * weight.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 torch.nn.init.zeros_(weight)
         for layer in self.layers:
@@ -171,14 +181,15 @@ def held_out(model, docs):
 
 def config():
     return {
-        "_name_or_path": "tiny-clauses", "architectures": ["GPTNeoXForCausalLM"], "attention_bias": True,
-        "attention_dropout": 0.0, "bos_token_id": START, "eos_token_id": END, "hidden_act": "gelu",
-        "hidden_dropout": 0.0, "hidden_size": HIDDEN, "initializer_range": 0.02, "intermediate_size": WIDE,
+        "_name_or_path": "tiny-clauses", "architectures": ["GPTNeoXForCausalLM"],
+        "attention_bias": True, "attention_dropout": 0.0,
+        "bos_token_id": START, "eos_token_id": END, "hidden_act": "gelu", "hidden_dropout": 0.0,
+        "hidden_size": HIDDEN, "initializer_range": 0.02, "intermediate_size": WIDE,
         "layer_norm_eps": 1e-5, "max_position_embeddings": CONTEXT, "model_type": "gpt_neox",
         "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "num_key_value_heads": KV_HEADS,
         "pad_token_id": 2, "rope_scaling": None, "rope_theta": 10000, "rotary_emb_base": 10000,
-        "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
-        "use_parallel_residual": True, "vocab_size": VOCAB,
+        "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "use_cache": True, "use_parallel_residual": True, "vocab_size": VOCAB,
     }
 
 
@@ -213,7 +224,8 @@ def load(model, directory):
 
 def train(model, rows, docs, directory, minutes, rate, halved):
     """AdamW over the rows, each once if there are enough, for so many minutes by the clock. In the
-    first part of the time, `halved`, it takes half rows, which are cheaper, and fewer tokens a step."""
+    first part of the time, `halved`, it takes half rows, which are cheaper, and fewer tokens a
+    step."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0}]
@@ -235,12 +247,13 @@ def train(model, rows, docs, directory, minutes, rate, halved):
         optimizer.zero_grad()
         step, seen = step + 1, seen + batch.shape[0] * (batch.shape[1] - 1)
         if step % 50 == 0:
-            print("%6.1f min  step %5d  %9d tokens  loss %.4f" % (done * minutes, step, seen, loss.item()),
-                  flush=True)
+            print("%6.1f min  step %5d  %9d tokens  loss %.4f"
+                  % (done * minutes, step, seen, loss.item()), flush=True)
         if time.monotonic() - saved > 180:
             saved = time.monotonic()
             save(model, directory)
-            print("held out: loss %.4f, entropy %.4f nats a token" % held_out(model, docs[:200]), flush=True)
+            print("held out: loss %.4f, entropy %.4f nats a token" % held_out(model, docs[:200]),
+                  flush=True)
     return seen
 
 
@@ -251,7 +264,8 @@ def main():
     parser.add_argument("--documents", type=int, default=100000)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=3, help="of the text")
-    parser.add_argument("--go-on", action="store_true", help="from the model that is in the directory")
+    parser.add_argument("--go-on", action="store_true",
+                        help="from the model that is in the directory")
     args = parser.parse_args()
     torch.manual_seed(1)
     torch.set_num_threads(2)
@@ -269,10 +283,11 @@ def main():
         load(model, args.directory)
     print("%d rows, %d parameters" % (len(rows), sum(p.numel() for p in model.parameters())))
     print("held-out documents: %.0f tokens on average, %d of %d longer than the context" % (
-        sum(len(ids) for ids, _ in held) / len(held), sum(len(ids) > CONTEXT for ids, _ in held), len(held)),
-        flush=True)
+        sum(len(ids) for ids, _ in held) / len(held), sum(len(ids) > CONTEXT for ids, _ in held),
+        len(held)), flush=True)
 
-    seen = train(model, rows, held, args.directory, args.minutes, args.rate, 0 if args.go_on else 0.5)
+    seen = train(model, rows, held, args.directory, args.minutes, args.rate,
+                 0 if args.go_on else 0.5)
     for weight in model.parameters():
         weight.data = weight.data.bfloat16().float()
     save(model, args.directory)

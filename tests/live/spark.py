@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""README's recipe for Apache Spark in local mode: the bytes of one process, with a worker killed on the way.
+"""README's recipe for Apache Spark in local mode: the bytes of one process, with a worker killed on
+the way.
 
-    tests/live_spark.py [FOLDER]     PySpark is installed in FOLDER, or in a scratch one; needs Java
+    tests/live/spark.py [FOLDER]     PySpark is installed in FOLDER, or in a scratch one; needs Java
 
-Spark cuts the file into partitions and runs one kl3m for each; it runs a partition again when its kl3m fails."""
+Spark cuts the file into partitions and runs one kl3m for each; it runs a partition again when its
+kl3m fails."""
 import os
 import re
 import subprocess
@@ -12,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules of tests/
 
 from harness import ROOT, expect, run
 from test_recipes import DYING, alone, kitchen
@@ -31,7 +34,8 @@ def environment(folder):
 
 def recipe():
     """README's Python block that pipes."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"),
+                        flags=re.M | re.S)
     found = [block for block in blocks if ".pipe(" in block]
     expect(len(found), 1)
     return found[0]
@@ -39,7 +43,8 @@ def recipe():
 
 def check(python, program, what):
     place = kitchen(lines([p[:60] for p in random_prompts(400, 7)] + ["The " * 500]), program)
-    done = run([python, "-c", recipe()], cwd=place, timeout=300, env={"PYSPARK_PYTHON": str(python)})
+    done = run([python, "-c", recipe()], cwd=place, timeout=300,
+               env={"PYSPARK_PYTHON": str(python)})
     expect(done.code, 0, done.err[-2000:])
     parts = sorted((place / "texts").glob("part-*"))
     expect((3, b"".join(part.read_bytes() for part in parts)), alone(place, "--json"), what)

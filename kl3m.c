@@ -183,6 +183,7 @@ static void die(const char *format, ...) {
     va_start(arguments, format);
     write_fully(standard_output.fd, standard_output.data, standard_output.size);   // not lost
     write_message(format, arguments, "");
+    va_end(arguments);
     remove_unfinished();
     _exit(FAILED);
 }
@@ -192,6 +193,7 @@ static void usage_error(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     write_message(format, arguments, "; kl3m --help lists the options");
+    va_end(arguments);
     exit(USAGE);
 }
 
@@ -1337,7 +1339,7 @@ typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_a
 typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES)));
 #define vec NAME(vec)
 #define ivec NAME(ivec)
-#define LOAD(p) (*(const vec *)(p))
+#define LOAD(p) (*(const vec *)(const void *)(p))
 #define STORE(p, v) (*(vec *)(p) = (v))
 #define SELECT(mask, yes, no) (vec)(((mask) & (ivec)(yes)) | (~(mask) & (ivec)(no)))
 

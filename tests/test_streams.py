@@ -173,9 +173,11 @@ def nothing_stays():
     learn = [str(KL3M), "-m", str(model), "--learn", "--tokens", "100000000", "-o", str(out)]
     for number in (signal.SIGQUIT, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
                    signal.SIGVTALRM, signal.SIGPROF, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        def as_usual():   # whoever runs the tests may ignore signals: nohup does
+            signal.signal(number, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         child = subprocess.Popen(learn, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                 preexec_fn=lambda: resource.setrlimit(
-                                     resource.RLIMIT_CORE, (0, 0)))
+                                 preexec_fn=as_usual)
         for _ in range(200):
             if leftovers(place, "model.bin"):
                 break
@@ -360,7 +362,7 @@ def on_terminal(columns, *args, given=b""):
 @test("a line that is written over and over fits its terminal, however narrow")
 def narrow_terminal():
     model = small_model(max_position_embeddings=4096)
-    for columns in (7, 30, 100):
+    for columns in (7, 100):
         for args, given in ((["-n", 4000, "--ignore-eos", "-b1", "-j1", "--no-speculation"],
                              b"Q\n" * 4),
                             (["--learn", "--tokens", 30000, "-o", tmpdir() / "x"], b"")):

@@ -3190,8 +3190,10 @@ typedef enum { WAITING, PREFILLING, RUNNING, DONE } State;
 
 typedef struct Request Request;
 
-// Guesses of a continuation in the next pass, which stand behind its ids.
+// Guesses of a continuation in the next pass: tokens that may follow those that were drawn. Its
+// rows, the last drawn one and these, are a tile's at most.
 typedef struct {
+    uint32_t ids[TILE - 1];    // [n]
     int n;
     Tail tail;                 // of the text and the guesses
     Guess next;                // that may join them; its chance: that all up to it come true
@@ -3201,7 +3203,7 @@ typedef struct {
     Request *request;
     uint32_t number;           // among the request's continuations
     Sequence sequence;         // of the prompt and what was drawn: all but what is due
-    uint32_t *ids;             // [n] drawn so far, and the chain; room for the limit
+    uint32_t *ids;             // [n] drawn so far; room for the limit
     int n;
     Reason reason;
     Bytes text;                // what they decode to, cut before a stop text
@@ -3282,8 +3284,9 @@ static size_t held_for_stop(const Stops *s, const Bytes *text) {
 
 // The token at a position of a continuation: of its prompt, or drawn, or guessed.
 static uint32_t token_at(const Continuation *c, int position) {
-    const Request *r = c->request;
-    return position < r->n ? r->ids[position] : c->ids[position - r->n];
+    int drawn = position - c->request->n, guessed = drawn - c->n;
+    if (drawn < 0) return c->request->ids[position];
+    return guessed < 0 ? c->ids[drawn] : c->chain.ids[guessed];
 }
 
 // A drawn token, which stands at ids[n] already, joins its continuation, which it may end.
@@ -3580,9 +3583,9 @@ static void draw_piece(void *arg, int piece, int thread) {
         if (token == TOKENIZER_NONE) d->fault = PENALTY_OVERFLOWS;
         if (d->fault) return;
         if (r->forced) token = r->forced[n];
-        d->drawn++;
-        guessed = d->drawn < d->rows && c->ids[n] == token;
         c->ids[n] = token;
+        guessed = d->drawn + 1 < d->rows && c->chain.ids[d->drawn] == token;
+        d->drawn++;
     }
 }
 
@@ -3768,7 +3771,7 @@ static bool may_guess(const Continuation *c) {
 static void add_guess(const Scheduler *s, Continuation *c) {
     Chain *chain = &c->chain;
     Guess taken = chain->next;
-    c->ids[c->n + chain->n++] = taken.token;
+    chain->ids[chain->n++] = taken.token;
     push(&chain->tail, taken.token);
     propose_next(s, chain, taken.chance);
 }

@@ -1386,7 +1386,7 @@ typedef struct { const char *at[4]; long pace; } NAME(Lines);
 // registers hold.
 INLINE void NAME(product_rows)(const Type type, const int R, Factor a, Panels w, NAME(Lines) due,
                                Sums c) {
-    const int step = formats[type].unit_bytes / formats[type].streams;
+    const int step = step_bytes(type);
     const char *first = due.at[0], *second = due.at[1];
     EACH_ROW(START)
     for (int done = 0; done < a.inputs; done += BLOCK, a.at += BLOCK_FLOATS) {
@@ -1409,7 +1409,7 @@ INLINE void NAME(product_rows)(const Type type, const int R, Factor a, Panels w,
 // wait for each. The lines that are due are fetched if `fetch`.
 INLINE void NAME(product_row)(const Type type, const bool fetch, Factor a, const char *const w[4],
                               NAME(Lines) due, Sums c) {
-    const int step = formats[type].unit_bytes / formats[type].streams;
+    const int step = step_bytes(type);
     vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
     if (c.add) {
         s0 = LOAD(OUT(0, 0)), s1 = LOAD(OUT(1, 0));

@@ -6,10 +6,12 @@
 // The promise: a logit is a pure function of the model file and the tokens before it. It is the
 // same to the last bit for any number of threads, any neighbours in the pass, any split of the
 // prompt, any compiler, and on AVX-512, AVX2, NEON and plain C. Four rules keep it:
-//   Rule 1. A sum is one chain of fused multiply-adds in the order of the inner dimension, one
-//      chain for each output; or, where outputs are few (norms, softmax), 16 partial sums of every
-//      16th term, folded in one fixed tree. A SIMD lane is an output or one of the 16, so the
-//      width of the CPU's vectors changes nothing.
+//   Rule 1. A sum is a chain of fused multiply-adds in the order of the inner dimension, a chain
+//      for each output and each SUM_BLOCK inputs, from input 0 on; a block's chain begins with
+//      nothing, and the blocks' sums are added in their order. Sums over positions, attention's,
+//      are one chain. Or, where outputs are few (norms, softmax), 16 partial sums of every 16th
+//      term are folded in one fixed tree. A SIMD lane is an output or one of the 16, so the width
+//      of the CPU's vectors changes nothing.
 //   Rule 2. Multiplications and additions are fused where FMA is written and nowhere else:
 //      -ffp-contract=off.
 //   Rule 3. exp, the normal distribution, sines and powers are ours: a C library promises no bits.
@@ -101,6 +103,7 @@ enum {
     PAGE = 32,                  // positions of a page of keys and values
     PAIR = 2 * BLOCK,           // outputs of two panels: dimensions are padded to it
     BLOCK_FLOATS = TILE * BLOCK,
+    SUM_BLOCK = 256,            // inputs of a chain (rule 1)
     LINE_BYTES = 64,            // of a cache line
     HUGE_PAGE = 2 << 20,        // bytes
 };
@@ -1197,10 +1200,13 @@ typedef struct { const char *at; long stride, next; int n; } Panels;
 // step, of one input, `pace` bytes of each; 0: nothing is.
 typedef struct { const char *at; long stride, next, pace; } Ahead;
 
-// Rows of a tile, of which so many inputs are multiplied; and where the sums go: to what is there
-// already, or to nothing.
+// Rows of a tile, of which so many inputs are multiplied, from a block's first on.
 typedef struct { const float *at; int rows, inputs; } Factor;
-typedef struct { float *at; bool add; } Sums;
+
+// Where the sums go, and what becomes of those that are there: nothing; the blocks' are added to
+// them; or they are what the first chain goes on from.
+typedef enum { REPLACE, ADD, CONTINUE } Before;
+typedef struct { float *at; Before before; } Sums;
 
 // Structs of more than two words come by address: copies of what was just written made attention's
 // and the linear layers' own instructions twice as slow (measured: 16 sequences 1%).
@@ -1361,7 +1367,7 @@ INLINE vec NAME(weights_at)(const Type type, const char *w, long stride, const i
 //     x = a[r][i]    s_r   t_r   u_r   v_r      each sum += x * the weights above it
 #define START(r) \
     vec s##r = {0}, t##r = {0}, u##r = {0}, v##r = {0}; \
-    if (r < R && c.add) { \
+    if (r < R && c.before == CONTINUE) { \
         s##r = LOAD(OUT(0, r)), t##r = LOAD(OUT(1, r)); \
         if (VECTORS > 2) u##r = LOAD(OUT(2, r)), v##r = LOAD(OUT(3, r)); \
     }
@@ -1372,6 +1378,10 @@ INLINE vec NAME(weights_at)(const Type type, const char *w, long stride, const i
         if (VECTORS > 2) u##r = FMA(x, w2, u##r), v##r = FMA(x, w3, v##r); \
     }
 #define FINISH(r) \
+    if (r < R && c.before == ADD) { \
+        s##r += LOAD(OUT(0, r)), t##r += LOAD(OUT(1, r)); \
+        if (VECTORS > 2) u##r += LOAD(OUT(2, r)), v##r += LOAD(OUT(3, r)); \
+    } \
     if (r < R) { \
         STORE(OUT(0, r), s##r), STORE(OUT(1, r), t##r); \
         if (VECTORS > 2) STORE(OUT(2, r), u##r), STORE(OUT(3, r), v##r); \
@@ -1381,28 +1391,30 @@ INLINE vec NAME(weights_at)(const Type type, const char *w, long stride, const i
 // on with each step.
 typedef struct { const char *at[4]; long pace; } NAME(Lines);
 
-// c[r][j] = (c.add ? c[r][j] : 0) + sum over inputs i of a[r][i] * w[j][i], for R rows (a constant
-// in each copy) and the outputs of PANELS_AT_ONCE panels: rule 1's chains, as many at a time as the
-// registers hold.
+// c[r][j] = sum over inputs i of a[r][i] * w[j][i], for R rows (a constant in each copy) and the
+// outputs of PANELS_AT_ONCE panels: rule 1's chains, as many at a time as the registers hold.
 INLINE void NAME(product_rows)(const Type type, const int R, Factor a, Panels w, NAME(Lines) due,
                                Sums c) {
     const int step = step_bytes(type);
     const char *first = due.at[0], *second = due.at[1];
-    EACH_ROW(START)
-    for (int done = 0; done < a.inputs; done += BLOCK, a.at += BLOCK_FLOATS) {
-        int n = a.inputs - done < BLOCK ? a.inputs - done : BLOCK;
-        for (int i = 0; i < n; i++, w.at += step, first += due.pace, second += due.pace) {
-            vec w0 = NAME(weights_at)(type, w.at, w.stride, 0), w2 = w0;
-            vec w1 = NAME(weights_at)(type, w.at, w.stride, 1), w3 = w1;
-            if (VECTORS > 2) w2 = NAME(weights_at)(type, w.at, w.stride, 2);
-            if (VECTORS > 2) w3 = NAME(weights_at)(type, w.at, w.stride, 3);
-            PREFETCH(first);
-            if (PANELS_AT_ONCE > 1) PREFETCH(second);
-            EACH_ROW(STEP)
-            (void)w2, (void)w3;
+    for (int done = 0; done < a.inputs; c.before = ADD) {
+        int end = a.inputs - done < SUM_BLOCK ? a.inputs : done + SUM_BLOCK;
+        EACH_ROW(START)
+        for (; done < end; done += BLOCK, a.at += BLOCK_FLOATS) {
+            int n = end - done < BLOCK ? end - done : BLOCK;
+            for (int i = 0; i < n; i++, w.at += step, first += due.pace, second += due.pace) {
+                vec w0 = NAME(weights_at)(type, w.at, w.stride, 0), w2 = w0;
+                vec w1 = NAME(weights_at)(type, w.at, w.stride, 1), w3 = w1;
+                if (VECTORS > 2) w2 = NAME(weights_at)(type, w.at, w.stride, 2);
+                if (VECTORS > 2) w3 = NAME(weights_at)(type, w.at, w.stride, 3);
+                PREFETCH(first);
+                if (PANELS_AT_ONCE > 1) PREFETCH(second);
+                EACH_ROW(STEP)
+                (void)w2, (void)w3;
+            }
         }
+        EACH_ROW(FINISH)
     }
-    EACH_ROW(FINISH)
 }
 
 // The same for one row, which has few sums: those of four panels, so that the processor need not
@@ -1410,25 +1422,32 @@ INLINE void NAME(product_rows)(const Type type, const int R, Factor a, Panels w,
 INLINE void NAME(product_row)(const Type type, const bool fetch, Factor a, const char *const w[4],
                               NAME(Lines) due, Sums c) {
     const int step = step_bytes(type);
-    vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
-    if (c.add) {
-        s0 = LOAD(OUT(0, 0)), s1 = LOAD(OUT(1, 0));
-        s2 = LOAD(OUT(2, 0)), s3 = LOAD(OUT(3, 0));
-    }
     long at = 0, line = 0;
-    for (int done = 0; done < a.inputs; done += BLOCK, a.at += BLOCK_FLOATS) {
-        int n = a.inputs - done < BLOCK ? a.inputs - done : BLOCK;
-        for (int i = 0; i < n; i++, at += step, line += due.pace) {
-            vec x = SPLAT(a.at[i]);
-            if (fetch)
-                for (int panel = 0; panel < 4; panel++) PREFETCH(due.at[panel] + line);
-            s0 = FMA(x, NAME(weights_at)(type, w[0] + at, 0, 0), s0);
-            s1 = FMA(x, NAME(weights_at)(type, w[1] + at, 0, 0), s1);
-            s2 = FMA(x, NAME(weights_at)(type, w[2] + at, 0, 0), s2);
-            s3 = FMA(x, NAME(weights_at)(type, w[3] + at, 0, 0), s3);
+    for (int done = 0; done < a.inputs; c.before = ADD) {
+        int end = a.inputs - done < SUM_BLOCK ? a.inputs : done + SUM_BLOCK;
+        vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+        if (c.before == CONTINUE) {
+            s0 = LOAD(OUT(0, 0)), s1 = LOAD(OUT(1, 0));
+            s2 = LOAD(OUT(2, 0)), s3 = LOAD(OUT(3, 0));
         }
+        for (; done < end; done += BLOCK, a.at += BLOCK_FLOATS) {
+            int n = end - done < BLOCK ? end - done : BLOCK;
+            for (int i = 0; i < n; i++, at += step, line += due.pace) {
+                vec x = SPLAT(a.at[i]);
+                if (fetch)
+                    for (int panel = 0; panel < 4; panel++) PREFETCH(due.at[panel] + line);
+                s0 = FMA(x, NAME(weights_at)(type, w[0] + at, 0, 0), s0);
+                s1 = FMA(x, NAME(weights_at)(type, w[1] + at, 0, 0), s1);
+                s2 = FMA(x, NAME(weights_at)(type, w[2] + at, 0, 0), s2);
+                s3 = FMA(x, NAME(weights_at)(type, w[3] + at, 0, 0), s3);
+            }
+        }
+        if (c.before == ADD) {
+            s0 += LOAD(OUT(0, 0)), s1 += LOAD(OUT(1, 0));
+            s2 += LOAD(OUT(2, 0)), s3 += LOAD(OUT(3, 0));
+        }
+        STORE(OUT(0, 0), s0), STORE(OUT(1, 0), s1), STORE(OUT(2, 0), s2), STORE(OUT(3, 0), s3);
     }
-    STORE(OUT(0, 0), s0), STORE(OUT(1, 0), s1), STORE(OUT(2, 0), s2), STORE(OUT(3, 0), s3);
 }
 
 // A pair of panels for 1 to TILE rows, in parts of ROWS. What is due is fetched during all parts.
@@ -1443,7 +1462,7 @@ INLINE void NAME(product_pair)(const Type type, Factor a, Panels w, Ahead ahead,
             long behind = part * a.inputs * pace;
             NAME(Lines) lines = { { due + behind, due + ahead.stride + behind }, pace };
             Factor from = { a.at + r * BLOCK, a.rows - r, a.inputs };
-            Sums to = { c.at + panel * BLOCK_FLOATS + r * BLOCK, c.add };
+            Sums to = { c.at + panel * BLOCK_FLOATS + r * BLOCK, c.before };
             switch (from.rows < ROWS ? from.rows : ROWS) {
 #define CASE(n) \
             case n: \
@@ -2052,7 +2071,7 @@ static int tiles_of(int n) { return (n + TILE - 1) / TILE; }
 // One product of a linear layer: in [rows][inputs] times weights [outputs][inputs], plus bias.
 typedef struct { const float *in; Matrix weights; const float *bias; } Term;
 
-// out = the terms' sum, finished. A second term continues the first's chain of sums; it is there
+// out = the terms' sum, finished. A second term's blocks are added behind the first's; it is there
 // where the attention's and the MLP's last products go into the same x.
 typedef struct {
     Term terms[2];
@@ -2077,6 +2096,7 @@ typedef struct {
 // this way 27.) With FEW rows memory alone decides, and the CPU's own prefetching keeps it busier
 // (measured: decoding 8% faster).
 enum { GROUP = 5, CHUNK = 1024, FEW = 4 };
+_Static_assert(CHUNK % SUM_BLOCK == 0, "blocks begin at fixed inputs");
 
 typedef struct {
     const LinearJob *job;
@@ -2132,10 +2152,11 @@ static void add_term(const LinearPiece *p, int term, const Due *due,
             const float *in = t->in + tile_at(p->first_tile + tile, padded(w->inputs));
             // Of the bytes of each step a tile fetches its share.
             ahead.pace = rows <= FEW ? 0 : (step * here + rows - 1) / rows;
+            Before before = i > 0 || term > 0 ? ADD : REPLACE;
             if (tile >= own)
                 ahead = ahead_of_places(due, i / CHUNK * (p->tiles - own) + tile - own);
             p->job->kernels->product[w->type]((Factor){ in + (long)i * TILE, here, n }, &panels,
-                                              &ahead, (Sums){ sums[tile], i > 0 || term > 0 });
+                                              &ahead, (Sums){ sums[tile], before });
             ahead.at += n * ahead.pace;
         }
     }
@@ -2399,8 +2420,9 @@ static void score_keys(const Slots *s, int fetched) {
         Panels two = { keys, .stride = panel_stride(type, w->m->c.head_size), .next = next - keys,
                        .n = panels < 4 ? panels : 4 };
         Ahead ahead = ahead_of_scores(s, p, fetched);
+        Sums scores = { s->scores + (long)p * 2 * BLOCK_FLOATS, REPLACE };
         w->kernels->product[type]((Factor){ s->query, s->span->slots, w->m->c.head_size }, &two,
-                                  &ahead, (Sums){ s->scores + (long)p * 2 * BLOCK_FLOATS, false });
+                                  &ahead, scores);
     }
 }
 
@@ -2418,7 +2440,7 @@ static void sum_values(const Slots *s, int fetched, bool more) {
         int common = in_page(s->common, p);
         if (common > 0)
             w->kernels->product[type]((Factor){ weights, s->span->slots, common }, &values, &ahead,
-                                      (Sums){ s->out, p > 0 });
+                                      (Sums){ s->out, p > 0 ? CONTINUE : REPLACE });
         for (int i = 0; i < s->span->slots && common < PAGE; i++) {
             int end = in_page(s->position[i] + 1, p);
             Panels some = values;
@@ -2427,7 +2449,7 @@ static void sum_values(const Slots *s, int fetched, bool more) {
                 some.at = values.at + input_bytes(type, j);
                 const float *own = weights + j / BLOCK * BLOCK_FLOATS + i * BLOCK + j % BLOCK;
                 w->kernels->product[type]((Factor){ own, 1, n }, &some, &ahead,
-                                          (Sums){ s->out + i * BLOCK, true });
+                                          (Sums){ s->out + i * BLOCK, CONTINUE });
             }
         }
     }

@@ -163,20 +163,25 @@ def make_config(**overrides):
     return config
 
 
-def make_weights(config, n_kv=None, seed=0):
+def plain_uniform(seed):
+    """uniform(count, low, width): an array of so many numbers from low on."""
+    draw = random.Random(seed).random
+    return lambda count, low, width: array("f", (low + width * draw() for _ in range(count)))
+
+
+def make_weights(config, n_kv=None, seed=0, uniform=None):
     """{name: (shape, array of floats)}. With n_kv below the number of heads the query_key_value
-    rows are all of Q, all of K, all of V; with as many, or None, they are interleaved by head."""
+    rows are all of Q, all of K, all of V; with as many, or None, they are interleaved by head.
+    uniform: other numbers than plain_uniform's, where there are too many of those to wait for."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     n_kv = heads if n_kv is None else n_kv
-    rng = random.Random(seed)
+    uniform = uniform or plain_uniform(seed)
     weights = {}
 
     def add(name, shape, spread, middle=0.0):
         """Uniform numbers with this standard deviation."""
-        width, draw = spread * math.sqrt(12), rng.random
-        start = middle - width / 2
-        weights[name] = (shape,
-                         array("f", (start + width * draw() for _ in range(math.prod(shape)))))
+        width = spread * math.sqrt(12)
+        weights[name] = (shape, uniform(math.prod(shape), middle - width / 2, width))
 
     def linear(name, rows, columns, gain=1.0):
         add(name + ".weight", [rows, columns], gain / math.sqrt(columns))

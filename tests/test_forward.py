@@ -209,6 +209,13 @@ def same_bytes_however_computed():
     want = logits(heads, LONG_TEXT)
     for n, env in itertools.product(passes[:3], environments):
         assert logits(heads, LONG_TEXT, *n, env=env) == want, (n, env)
+    # Sums of several blocks and, in the MLP, of more than are multiplied at a time.
+    wide = small_model(hidden_size=312, num_attention_heads=3, num_hidden_layers=1,
+                       intermediate_size=1300, max_position_embeddings=64)
+    want = logits(wide, LONG_TEXT[:80])
+    for n, env in itertools.product((["-j", 1, "--rows", 1], ["--rows", 5], ["-j", 3]),
+                                    environments):
+        assert logits(wide, LONG_TEXT[:80], *n, env=env) == want, (n, env)
 
 
 @test("a row of logits does not depend on the tokens after it")

@@ -92,11 +92,64 @@ static void check_kernels(const Kernels *k) {
     say(k->name, "layer norm", 2e-6);
 }
 
+// Rule 1, as it is written: of each SUM_BLOCK inputs a chain of fused multiply-adds from nothing
+// (or from what is there), the blocks' sums added in their order.
+static float plain_sum(const float *a, const float *w, int inputs, float there, Before before) {
+    float sum = before == ADD ? there : 0;
+    for (int first = 0; first < inputs; first += SUM_BLOCK) {
+        float chain = before == CONTINUE ? there : 0;
+        for (int i = first; i < inputs && i < first + SUM_BLOCK; i++)
+            chain = fmaf(a[i], w[i], chain);
+        sum = first == 0 && before != ADD ? chain : sum + chain;
+        before = ADD;
+    }
+    return sum;
+}
+
+// Row r's input i of a tile, output j's of two pairs of panels one behind the other.
+static void check_products(const Kernels *k) {
+    enum { MOST = 1300, PANELS_HERE = 4, OUTPUTS = PANELS_HERE * BLOCK };
+    static const int sizes[] = { 1, 7, 16, 255, 256, 257, 511, 512, 768, 1000, 1024, MOST };
+    static float tile[(MOST + BLOCK) * TILE], panels[OUTPUTS * MOST], rows[TILE][MOST];
+    static float weights[OUTPUTS][MOST], sums[PANELS_HERE * BLOCK_FLOATS], there[TILE][OUTPUTS];
+    for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++) {
+        int inputs = sizes[n];
+        for (int i = 0; i < inputs; i++) {
+            for (int r = 0; r < TILE; r++)
+                *cell(tile, r, i) = rows[r][i] = (float)sin(i * 1.3 + r * 7.1 + inputs);
+            for (int j = 0; j < OUTPUTS; j++)
+                panels[(j / BLOCK * inputs + i) * BLOCK + j % BLOCK] = weights[j][i] =
+                    (float)cos(i * 0.7 + j * 3.3);
+        }
+        for (int count = 1; count <= TILE; count++)
+            for (int before = REPLACE; before <= CONTINUE; before++) {
+                for (int r = 0; r < TILE; r++)
+                    for (int j = 0; j < OUTPUTS; j++)
+                        *cell(sums, r, j) = there[r][j] = (float)(r - j) / 3;
+                long panel = inputs * BLOCK * (long)sizeof(float);
+                Panels w = { (const char *)panels, panel, 2 * panel, PANELS_HERE };
+                Ahead ahead = { w.at, panel, 2 * panel, 0 };
+                k->product[TYPE_F32]((Factor){ tile, count, inputs }, &w, &ahead,
+                                     (Sums){ sums, (Before)before });
+                for (int r = 0; r < count; r++)
+                    for (int j = 0; j < OUTPUTS; j++)
+                        worst(*cell(sums, r, j) != plain_sum(rows[r], weights[j], inputs,
+                                                            there[r][j], (Before)before), 0, 1);
+            }
+    }
+    say(k->name, "sums are those of rule 1, to the last bit", 0);
+}
+
+static void check_all(const Kernels *k) {
+    check_kernels(k);
+    check_products(k);
+}
+
 static int check_math(void) {
-    check_kernels(&kernels_portable);
-    check_kernels(choose_kernels(NULL));
+    check_all(&kernels_portable);
+    check_all(choose_kernels(NULL));
 #if defined(__x86_64__)
-    if (choose_kernels("avx2")) check_kernels(&kernels_avx2);
+    if (choose_kernels("avx2")) check_all(&kernels_avx2);
 #endif
     for (double x = -700; x <= 0; x += 0.00137) worst(exp_double(x), exp(x), exp(x));
     say("double", "exp, relative", 1e-15);

@@ -40,13 +40,13 @@
 //    8. Linear layers  rows of a pass in tiles, times weights
 //    9. Attention      queries, scores, values
 //   10. Forward        rows in, logits out
-//   11. Sampling       logits in, one token out
+//   11. Sampling       logits in, one token out, or how likely each is
 //   12. Guesses        what may come next, from ids alone
 //   13. Requests       a prompt and its continuations, from pages set aside to the last token
 //   14. Scheduling     passes: planned, run, read
 //   15. Prompts        lines, records, files; their ids
-//   16. Results        lines, JSON, a stream
-//   17. Commands       generate, tokenize, detokenize, logits, info, verify, learn
+//   16. Results        lines, JSON, a stream, figures, shades
+//   17. Commands       generate, score, tokenize, detokenize, logits, info, verify, learn
 //   18. Options        the table that the parser, --help and the README's table come from
 //   19. Main
 
@@ -463,6 +463,20 @@ static void append(Bytes *b, const void *data, size_t n) {
 
 static void append_string(Bytes *b, const char *s) { append(b, s, strlen(s)); }
 
+typedef struct { Bytes *texts; int n; } Texts;
+
+static void add_text(Texts *t, Bytes text) {
+    size_t room = (size_t)t->n * sizeof text;
+    t->texts = grow(t->texts, &room, room + sizeof text);
+    t->texts[t->n++] = text;
+}
+
+static void free_texts(Texts *t) {
+    for (int i = 0; i < t->n; i++) free(t->texts[i].data);
+    free(t->texts);
+    *t = (Texts){0};
+}
+
 // Takes so many bytes away at the beginning.
 static void drop(Bytes *b, size_t n) {
     if (n == 0) return;
@@ -472,7 +486,7 @@ static void drop(Bytes *b, size_t n) {
 
 __attribute__((format(printf, 2, 3)))
 static void append_format(Bytes *b, const char *format, ...) {
-    char s[256];
+    char s[512];                               // a double with 6 decimals has up to 317
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(s, sizeof s, format, arguments);
@@ -640,6 +654,13 @@ static void append_json(Bytes *out, const char *key, const char *s, size_t n) {
     append_string(out, "\"");
     append_text(out, s, n, IN_JSON);
     append_string(out, "\"");
+}
+
+// A number with 6 decimals; what is none, or infinite, is "nan" or "inf", and in JSON null.
+static void append_number(Bytes *out, double x, Form form) {
+    bool json = form == IN_JSON || form == JSON_ITSELF;
+    if (isnan(x) || isinf(x)) append_string(out, json ? "null" : isnan(x) ? "nan" : "inf");
+    else append_format(out, "%.6f", fabs(x) < 5e-7 ? 0 : x);   // no -0.000000
 }
 
 // One JSON value, read strictly: UTF-8, nested at most MAX_DEPTH deep.
@@ -1236,6 +1257,7 @@ typedef struct {
     void (*scale_columns)(int n, float factor, Columns from, Columns to);
     bool (*all_finite)(int n, const float *x);
     void (*maxima)(int n, const float *x, float *most);
+    void (*exp_sums)(int n, float largest, const float *x, float *sums);
     const char *(*miscompiled)(void);
 } Kernels;
 
@@ -1684,6 +1706,26 @@ static TARGET void NAME(maxima)(int n, const float *x, float *most) {
         if (x[i] > most[i % BLOCK]) most[i % BLOCK] = x[i];
 }
 
+// e^(x - largest), summed over every 16th of 256 numbers, for all n of them: sums[n / 256, rounded
+// up][16], laid out as maxima's. Sixteen terms at most are summed here, so little is lost.
+static TARGET void NAME(exp_sums)(int n, float largest, const float *x, float *sums) {
+    enum { GROUP_OF = BLOCK * BLOCK };
+    float last[GROUP_OF];
+    for (; n > 0; n -= GROUP_OF, x += GROUP_OF, sums += BLOCK) {
+        if (n < GROUP_OF) {
+            memcpy(last, x, (size_t)n * sizeof *x);
+            for (int i = n; i < GROUP_OF; i++) last[i] = -INFINITY;
+            x = last;
+        }
+        for (int lane = 0; lane < BLOCK; lane += LANES) {
+            vec sum = {0};
+            for (int i = lane; i < GROUP_OF; i += BLOCK)
+                sum += NAME(exp_vec)(LOAD(x + i) - SPLAT(largest));
+            STORE(sums + lane, sum);
+        }
+    }
+}
+
 // What is wrong with how this was compiled, or NULL. (1 + 2^-12)^2 is 1 + 2^-11 when it is rounded
 // by itself: was it fused with the difference, against rule 2? Are there NaN and infinity (not
 // after clang's -fno-honor-nans)?
@@ -1700,7 +1742,8 @@ static TARGET const char *NAME(miscompiled)(void) {
 static const Kernels NAME(kernels) = {
     .name = STRING(KIND), .product = { [TYPE_F32] = NAME(product_f32) }, .finish = NAME(finish),
     .layer_norm = NAME(layer_norm), .softmax = NAME(softmax), .scale_columns = NAME(scale_columns),
-    .all_finite = NAME(all_finite), .maxima = NAME(maxima), .miscompiled = NAME(miscompiled),
+    .all_finite = NAME(all_finite), .maxima = NAME(maxima), .exp_sums = NAME(exp_sums),
+    .miscompiled = NAME(miscompiled),
 };
 
 #undef STRING_
@@ -2792,6 +2835,7 @@ typedef struct {
     Candidate *candidates;     // [vocab]
     float *changed;            // [vocab] logits after the penalty and the mask
     float *maxima;             // of the logits, then the maxima's: see find_maxima
+    float *sums;               // of what was exponentiated: see find_ranks
 } Sampler;
 
 // Numbers are looked at in groups of 256, and of each group 16 maxima are found.
@@ -2802,13 +2846,15 @@ static Sampler sampler_open(const Kernels *kernels, int vocab) {
     size_t maxima = (size_t)maxima_of(vocab) + (size_t)maxima_of(maxima_of(vocab));
     return (Sampler){ kernels, allocate_raw(n, sizeof(Candidate), LINE_BYTES),
                       allocate_raw(n, sizeof(float), LINE_BYTES),
-                      allocate_raw(maxima, sizeof(float), LINE_BYTES) };
+                      allocate_raw(maxima, sizeof(float), LINE_BYTES),
+                      allocate_raw((size_t)maxima_of(vocab), sizeof(float), LINE_BYTES) };
 }
 
 static void sampler_close(Sampler *s) {
     free(s->candidates);
     free(s->changed);
     free(s->maxima);
+    free(s->sums);
 }
 
 // One look at n logits, so that the rest need not look at each. (Measured: loops over the
@@ -3011,6 +3057,37 @@ static uint32_t sample(const Sampling *s, const Choice *c, const Sampler *sample
     return sampler->candidates[drawn_at].id;
 }
 
+// A token and its log-probability, natural, in the model's own distribution: before penalty,
+// temperature and filters.
+typedef struct { uint32_t id; double logprob; } Ranked;
+
+// ln softmax of n finite logits: found[0] is the token's, found[1 .. likeliest] are the likeliest
+// ones in their order (where there are no more, their id is TOKENIZER_NONE). The sum of the
+// exponentials has one order: 16 at a time in float, these sums in double. Within 1e-6 of the
+// exact ln softmax.
+static void find_ranks(const Sampler *s, const float *logits, int n, uint32_t token, int likeliest,
+                       Ranked *found) {
+    find_maxima(s, logits, n);
+    int count = take_top(logits, n, likeliest, s->maxima, s->candidates);
+    float largest = s->candidates[0].logit;
+    s->kernels->exp_sums(n, largest, logits, s->sums);
+    double total = 0;
+    for (int i = 0; i < maxima_of(n); i++) total += s->sums[i];
+    double zero = largest + log_double(total);         // the logit whose probability is 1
+    found[0] = (Ranked){ token, logits[token] - zero };
+    for (int i = 0; i < likeliest; i++) {
+        found[1 + i] = (Ranked){ .id = TOKENIZER_NONE };
+        if (i < count) found[1 + i] = (Ranked){ s->candidates[i].id,
+                                                s->candidates[i].logit - zero };
+    }
+}
+
+// e to the mean of -ln p over tokens: as if each had been one of so many, all equally likely. NAN
+// of none.
+static double perplexity(double logprob, long tokens) {
+    return tokens ? 1 / exp_double(logprob / (double)tokens) : NAN;
+}
+
 // ---- 12. Guesses ----
 // At the next tokens, from ids alone. For the last 0 to ORDER tokens a table holds which tokens
 // followed them most often, in the prompts and in all that was drawn; the model's file may bring
@@ -3203,9 +3280,11 @@ static void guesses_close(Guesses *g) {
 //     read ──> WAITING ──> PREFILLING ──> RUNNING ──> DONE ──> delivered, freed
 //              for pages   its prompt     its continuations
 //
-// One that cannot be run (error), or wants nothing, is DONE at once. A constraint on tokens would
-// be a Continuation's state: draw_piece (room 14) asks it for Choice.allowed and advances it with
-// each token it draws, propose_next with each guess.
+// One that cannot be run (error), or wants nothing, is DONE at once. Where texts are scored, what a
+// request's continuations say is known, and they run as prompts do, many rows in a pass; a text
+// that nothing stands before has an empty prompt and is its own continuation. A constraint on
+// tokens would be a Continuation's state: draw_piece (room 14) asks it for Choice.allowed and
+// advances it with each token it draws, propose_next with each guess.
 
 typedef enum { UNDECIDED, BY_EOS, BY_LENGTH, BY_STOP } Reason;
 typedef enum { WAITING, PREFILLING, RUNNING, DONE } State;
@@ -3231,6 +3310,11 @@ typedef struct {
     Bytes text;                // what they decode to, cut before a stop text
     Tail tail;
     Chain chain;
+    Ranked *ranks;             // [n][1 + likeliest] of each token drawn or scored; or NULL
+    // Of what is to be scored (Settings.scores): all its tokens, which lie in the request's ids
+    // and stand behind its prompt. n of them are scored so far, from known[unscored] on.
+    const uint32_t *known;     // [n_known]
+    int n_known, unscored;
 } Continuation;
 
 struct Request {
@@ -3252,16 +3336,13 @@ struct Request {
     const uint32_t *forced;    // NULL, or [limit]: drawn instead; tests/bench replays known text
 
     Sequence prompt_kv;        // of the prompt as far as it was run; shared by its continuations
-    int rows;                  // of the prompt, in the pass that is planned
     Tail tail;                 // of the prompt
     Continuation *continuations;
     int n_continuations;
+    bool windows;              // they are those of the prompt, which is scored itself
     int started, finished, delivered;  // of them
     int promised;              // of them that have pages, and so may be in work at once
 };
-
-// Texts that end a continuation, which is cut before them.
-typedef struct { Bytes *texts; int n; } Stops;
 
 // What a run is asked for.
 typedef struct {
@@ -3271,13 +3352,22 @@ typedef struct {
     long kv_memory;            // bytes
     bool ignore_eos;
     bool every_position;       // the logits of each position of the prompts, and no new tokens
-    Stops stops;
+    bool scores;               // the continuations are known: how likely are they?
+    long logprobs;             // of each place so many tokens' are wanted, besides that of its own;
+                               // -1: none
+    Texts stops;               // end a continuation, which is cut before them
 } Settings;
+
+// How many of the likeliest tokens of each place are kept: the first tells whether a token is
+// greedy. 0: nothing is.
+static int likeliest_of(const Settings *s) {
+    return s->logprobs > 0 ? (int)s->logprobs : s->scores || s->logprobs == 0;
+}
 
 // Where the first stop text ends that became whole with the bytes from `old` on; *length is its
 // length. Among those that end at the same byte the longest counts. Nothing depends on where
 // tokens end.
-static bool find_stop(const Stops *s, const Bytes *text, size_t old, size_t *end, size_t *length) {
+static bool find_stop(const Texts *s, const Bytes *text, size_t old, size_t *end, size_t *length) {
     *length = 0;
     for (*end = old + 1; *end <= text->size; ++*end) {
         for (int i = 0; i < s->n; i++) {
@@ -3293,7 +3383,7 @@ static bool find_stop(const Stops *s, const Bytes *text, size_t old, size_t *end
 
 // How many bytes at the end of a text might yet become part of a stop text: they are not shown
 // before it is known.
-static size_t held_for_stop(const Stops *s, const Bytes *text) {
+static size_t held_for_stop(const Texts *s, const Bytes *text) {
     size_t held = 0;
     for (int i = 0; i < s->n; i++)
         for (size_t n = s->texts[i].size - 1; n > held; n--)
@@ -3430,24 +3520,34 @@ static void remember_beginning(Pages *p, Request *r) {
     r->prompt_kv = (Sequence){0};
 }
 
-// A request is read: its continuations are made, and if it is to be run it waits for pages.
+static void make_continuations(Request *r, long n) {
+    r->n_continuations = (int)n;
+    r->continuations = allocate((size_t)n, sizeof *r->continuations);
+    for (int i = 0; i < r->n_continuations; i++)
+        r->continuations[i] = (Continuation){ .request = r, .number = (uint32_t)i };
+}
+
+// A request is read: its continuations are made, unless they are known, and if it is to be run it
+// waits for pages.
 static void begin_request(Request *r, const Settings *s) {
     bool runs = !r->error && (r->limit > 0 || s->every_position);
     r->state = runs ? WAITING : DONE;
     if (r->error) return;
     r->stream = stream_of(r->ids, r->prompt_tokens);
-    r->n_continuations = (int)s->returns;
-    r->continuations = allocate((size_t)s->returns, sizeof *r->continuations);
+    if (!s->scores) make_continuations(r, s->returns);
     for (int i = 0; i < r->n_continuations; i++)
-        r->continuations[i] = (Continuation){ .request = r, .number = (uint32_t)i,
-                                              .reason = runs ? UNDECIDED : BY_LENGTH };
+        r->continuations[i].reason = runs ? UNDECIDED : BY_LENGTH;
 }
 
 // Begins the next continuation of a prompt that has been run, behind so many of its positions. Each
 // copies the prompt's last page, if it is not whole; the last one may have it.
-static Continuation *start_continuation(Pages *p, Request *r, int behind) {
+static Continuation *start_continuation(Pages *p, const Settings *s, Request *r, int behind) {
     Continuation *c = &r->continuations[r->started++];
-    c->ids = allocate((size_t)r->limit, sizeof *c->ids);
+    size_t tokens = (size_t)(s->scores ? c->n_known : r->limit);
+    if (!s->scores) c->ids = allocate(tokens, sizeof *c->ids);
+    int likeliest = likeliest_of(s);
+    if (likeliest)
+        c->ranks = allocate_raw(tokens, (1 + (size_t)likeliest) * sizeof *c->ranks, LINE_BYTES);
     append(&c->text, "", 0);                   // so that an empty text is a string too
     c->sequence = kv_fork(&r->prompt_kv, behind);
     c->tail = r->tail;
@@ -3482,6 +3582,7 @@ static void request_free(Request *r, KVCache *kv) {
         kv_free(kv, &r->continuations[i].sequence);
         free(r->continuations[i].ids);
         free(r->continuations[i].text.data);
+        free(r->continuations[i].ranks);
     }
     kv_free(kv, &r->prompt_kv);
     free(r->continuations);
@@ -3495,7 +3596,8 @@ static void request_free(Request *r, KVCache *kv) {
 // ---- 14. Scheduling ----
 // Requests come from a client, are run some at a time, and go back to it in the order they came.
 // A pass is planned, run and read. It holds, for every continuation in work, the row of its last
-// token and guesses behind it, and of prompts being prefilled as many rows as there is room for;
+// token and guesses behind it, and of what is known (prompts, continuations to be scored) as many
+// rows as there is room for;
 // and a list of readings: whose logits come out, and what for. What is in a pass never changes what
 // comes out of it, so this room is free to choose.
 
@@ -3514,15 +3616,19 @@ typedef struct {
     void (*done)(void *arg, Request *r);               // in the order of the input
 } Client;
 
-// A row of the last pass's logits, or more, and what they are for: to draw a continuation's next
-// tokens, to begin a request's continuations, or to be handed out. A new use of logits is a purpose
-// here, planned in plan_prompt and read in read_pass.
+// Rows of the last pass's logits and what they are for: to draw a continuation's next tokens, to
+// score its tokens, to begin a request's continuations, or to be handed out. A new use of logits is
+// a purpose here, planned in plan_prompt and read in read_pass.
 typedef struct {
-    enum { TO_DRAW, TO_BEGIN, TO_HAND_OUT } purpose;
-    Continuation *continuation;        // TO_DRAW
-    Request *request;                  // the others
+    enum { TO_DRAW, TO_SCORE, TO_BEGIN, TO_HAND_OUT } purpose;
+    Continuation *continuation;        // of the first two
+    Request *request;                  // of the others
     int first, n;                      // rows of logits
 } Reading;
+
+// Known tokens that a pass may take further: a request's prompt, or of its continuations one that
+// is scored (NULL: none).
+typedef struct { Request *request; Continuation *continuation; int left, rows; } Prefill;
 
 // Tokens to be drawn: from the logits of a continuation's last token, and of guesses behind it
 // while the draw before picks them. They go to ids[n ..] of the continuation.
@@ -3571,11 +3677,11 @@ typedef struct {
     Continuation **running;            // [n_running]
     int n_running;
     // The pass.
-    Request **prefills;                // [batch] scratch of plan_prefill
+    Prefill *prefills;                 // [n_prefills], room for the batch
     Row *rows;                         // [n_rows]
     Reading *readings;                 // [n_readings]
     Draw *draws;                       // [batch]
-    int n_rows, n_logits, n_readings;
+    int n_rows, n_logits, n_readings, n_prefills;
     bool only_decoding;
     PassTime time;
     Figures figures;
@@ -3606,6 +3712,10 @@ static void draw_piece(void *arg, int piece, int thread) {
         if (d->fault) return;
         if (r->forced) token = r->forced[n];
         c->ids[n] = token;
+        int likeliest = likeliest_of(&s->settings);
+        if (likeliest)
+            find_ranks(&s->samplers[thread], choice.logits, vocab, token, likeliest,
+                       c->ranks + (long)n * (1 + likeliest));
         guessed = d->drawn + 1 < d->rows && c->chain.ids[d->drawn] == token;
         d->drawn++;
     }
@@ -3680,19 +3790,6 @@ static bool read_next(Scheduler *s) {
     return true;
 }
 
-// The request that waits is prefilled from now on, if there are pages for it and for one of its
-// continuations, so that it can always go on.
-static bool admit_waiting(Scheduler *s) {
-    Request *r = s->waiting;
-    if (!promise(&s->pages, prompt_pages(r) + continuation_pages(r))) return false;
-    for (int i = 0; s->guesses && i < r->n; i++) learn(s->guesses, &r->tail, r->ids[i]);
-    r->state = PREFILLING;
-    r->promised = 1;
-    s->in_work++;
-    s->waiting = NULL;
-    return true;
-}
-
 // May a request's next continuation begin?
 static bool may_start(Scheduler *s, Request *r) {
     if (r->state != RUNNING || r->started == r->n_continuations || s->in_work >= s->batch)
@@ -3703,16 +3800,47 @@ static bool may_start(Scheduler *s, Request *r) {
     return true;
 }
 
+static bool wholly_scored(const Continuation *c) { return c->unscored + c->n >= c->n_known; }
+
+// A continuation is scored to its end.
+static void end_score(Scheduler *s, Continuation *c) {
+    c->reason = BY_LENGTH;
+    s->in_work--;
+    end_continuation(&s->pages, c);
+}
+
+// Begins as many of a request's continuations as there is room for. One that is to be drawn runs
+// its prompt's last token again, for its logits; most began when these were at hand
+// (begin_continuations).
+static void start_more(Scheduler *s, Request *r) {
+    bool scores = s->settings.scores;
+    while (may_start(s, r)) {
+        Continuation *c = start_continuation(&s->pages, &s->settings, r,
+                                             scores ? r->n : r->n - 1);
+        s->in_work++;
+        if (scores && wholly_scored(c)) end_score(s, c);   // nothing of it is asked for
+        else s->running[s->n_running++] = c;
+    }
+}
+
+// The request that waits is prefilled from now on, if there are pages for it and for one of its
+// continuations, so that it can always go on.
+static bool admit_waiting(Scheduler *s) {
+    Request *r = s->waiting;
+    if (!promise(&s->pages, prompt_pages(r) + continuation_pages(r))) return false;
+    for (int i = 0; s->guesses && i < r->n; i++) learn(s->guesses, &r->tail, r->ids[i]);
+    r->promised = 1;
+    s->waiting = NULL;
+    if (r->n > 0) r->state = PREFILLING, s->in_work++;
+    else r->state = RUNNING, start_more(s, r);             // nothing stands before what is scored
+    return true;
+}
+
 // Fills the batch: with continuations of prompts that are prefilled until none is left to begin,
 // and only then with new prompts. So no more prompts are held than the batch has places, but for
-// finished ones that wait for one before them. A continuation that begins so runs its prompt's
-// last token again, for its logits; most began when these were at hand (begin_continuations).
+// finished ones that wait for one before them.
 static void admit(Scheduler *s) {
-    for (Request *r = s->first; r; r = r->next)
-        while (may_start(s, r)) {
-            s->running[s->n_running++] = start_continuation(&s->pages, r, r->n - 1);
-            s->in_work++;
-        }
+    for (Request *r = s->first; r; r = r->next) start_more(s, r);
     while (!interrupted && s->in_work < s->batch && s->n_requests < MOST_HELD * s->batch) {
         if (s->waiting == NULL && (s->ended || !read_next(s))) break;
         if (s->waiting && !admit_waiting(s)) break;
@@ -3720,31 +3848,46 @@ static void admit(Scheduler *s) {
     }
 }
 
-static int by_rows_left(const void *a, const void *b) {
-    const Request *x = *(Request *const *)a, *y = *(Request *const *)b;
-    int left = (x->n - x->prompt_kv.length) - (y->n - y->prompt_kv.length);
-    return left ? left : (x->number > y->number) - (x->number < y->number);
+static int by_age(const void *a, const void *b) {
+    const Prefill *x = a, *y = b;
+    if (x->request != y->request) return x->request->number < y->request->number ? -1 : 1;
+    return x->continuation->number < y->continuation->number ? -1 : 1;
 }
 
-// Divides `room` rows among the prompts that are being prefilled: half go to the oldest, in their
-// order, so that results come early; the rest to those that need the fewest, so that a short
-// prompt does not wait for a long one. Returns how many were given.
-static int plan_prefill(Scheduler *s, int room) {
-    int n = 0, half = room / 2, given = 0;
+static int by_rows_left(const void *a, const void *b) {
+    const Prefill *x = a, *y = b;
+    return x->left != y->left ? x->left - y->left : by_age(a, b);
+}
+
+// What there is to prefill: prompts, and what is scored behind them.
+static void find_prefills(Scheduler *s) {
+    s->n_prefills = 0;
     for (Request *r = s->first; r; r = r->next) {
-        r->rows = 0;
         if (r->state != PREFILLING) continue;
         if (r->prompt_kv.length == 0 && !share_beginning(&s->pages, s->first, r)) continue;
-        s->prefills[n++] = r;
+        s->prefills[s->n_prefills++] = (Prefill){ r, .left = r->n - r->prompt_kv.length };
     }
+    for (int i = 0; s->settings.scores && i < s->n_running; i++) {
+        Continuation *c = s->running[i];       // after the last token nothing is asked
+        int left = c->request->n + c->n_known - 1 - c->sequence.length;
+        s->prefills[s->n_prefills++] = (Prefill){ c->request, c, .left = left };
+    }
+    qsort(s->prefills, (size_t)s->n_prefills, sizeof *s->prefills, by_age);
+}
+
+// Divides `room` rows among what is to be prefilled: half go to the oldest, in their order, so that
+// results come early; the rest to those that need the fewest, so that a short prompt does not wait
+// for a long one. Returns how many were given.
+static int plan_prefill(Scheduler *s, int room) {
+    int half = room / 2, given = 0;
+    size_t n = (size_t)s->n_prefills;
     for (int pass = 0; pass < 2; pass++) {
         int left = pass ? room - given : half;
-        for (int i = 0; i < n; i++) {
-            Request *r = s->prefills[i];
-            int need = r->n - r->prompt_kv.length - r->rows, more = need < left ? need : left;
-            r->rows += more, left -= more, given += more;
+        for (Prefill *p = s->prefills; p < s->prefills + n; p++) {
+            int more = p->left < left ? p->left : left;
+            p->rows += more, p->left -= more, left -= more, given += more;
         }
-        if (pass == 0) qsort(s->prefills, (size_t)n, sizeof *s->prefills, by_rows_left);
+        qsort(s->prefills, n, sizeof *s->prefills, pass == 0 ? by_rows_left : by_age);
     }
     return given;
 }
@@ -3834,43 +3977,102 @@ static void plan_continuation(Scheduler *s, Continuation *c) {
     s->n_logits += n;
 }
 
-// The rows of a prompt that it was given. Of its last token, or of each, logits are read.
-static void plan_prompt(Scheduler *s, Request *r) {
-    bool every = s->settings.every_position;
-    int end = r->prompt_kv.length + r->rows, wanted = every ? r->rows : end == r->n;
+// The rows of a prompt that it was given. Of its last token, or of each, logits are read; or none,
+// where what follows is known.
+static void plan_prompt(Scheduler *s, Request *r, int rows) {
+    bool every = s->settings.every_position, scores = s->settings.scores;
+    int end = r->prompt_kv.length + rows, wanted = every ? rows : end == r->n && !scores;
     kv_reserve(&s->pages.kv, &r->prompt_kv, end);
     for (int i = r->prompt_kv.length; i < end; i++)
-        s->rows[s->n_rows++] = (Row){ &r->prompt_kv, i, r->ids[i], every || i == r->n - 1 };
+        s->rows[s->n_rows++] = (Row){ &r->prompt_kv, i, r->ids[i],
+                                      every || (i == r->n - 1 && !scores) };
     r->prompt_kv.length = end;                 // nobody looks before the pass has been run
-    if (wanted == 0) return;
+    if (!every && end < r->n) return;
     s->readings[s->n_readings++] = (Reading){ every ? TO_HAND_OUT : TO_BEGIN, .request = r,
                                               .first = s->n_logits, .n = wanted };
     s->n_logits += wanted;
 }
 
+// The rows of a continuation to be scored. A row's logits say how likely the token behind it is.
+static void plan_score(Scheduler *s, Continuation *c, int rows) {
+    int behind = c->request->n, from = c->sequence.length - behind, end = from + rows;
+    int first = c->unscored - 1 > from ? c->unscored - 1 : from;       // whose logits are wanted
+    int wanted = end > first ? end - first : 0;
+    kv_reserve(&s->pages.kv, &c->sequence, behind + end);
+    for (int i = from; i < end; i++)
+        s->rows[s->n_rows++] = (Row){ &c->sequence, behind + i, c->known[i], i >= first };
+    c->sequence.length = behind + end;
+    if (wanted == 0) return;
+    s->readings[s->n_readings++] = (Reading){ TO_SCORE, .continuation = c, .first = s->n_logits,
+                                              .n = wanted };
+    s->n_logits += wanted;
+}
+
 static void plan_pass(Scheduler *s) {
     s->n_rows = s->n_logits = s->n_readings = 0;
-    int prefilled = plan_prefill(s, s->max_rows - s->n_running), n = s->n_running + prefilled;
-    s->figures.guesses += plan_guesses(s, n);
+    int drawn = s->settings.scores ? 0 : s->n_running;
+    find_prefills(s);
+    int prefilled = plan_prefill(s, s->max_rows - drawn);
     s->only_decoding = prefilled == 0;
-    for (int i = 0; i < s->n_running; i++) plan_continuation(s, s->running[i]);
-    for (Request *r = s->first; r; r = r->next)
-        if (r->rows > 0) plan_prompt(s, r);
+    s->figures.guesses += plan_guesses(s, drawn + prefilled);
+    for (int i = 0; i < drawn; i++) plan_continuation(s, s->running[i]);
+    for (Prefill *p = s->prefills; p < s->prefills + s->n_prefills; p++) {
+        if (p->rows == 0) continue;
+        if (p->continuation) plan_score(s, p->continuation, p->rows);
+        else plan_prompt(s, p->request, p->rows);
+    }
 }
 
 // A prompt has been run: of its continuations begin as many as there are places, from the logits
-// of its last token. Some end with their first token and make room for others.
+// of its last token. Some end with their first token and make room for others. What is known
+// begins as it does without a prompt.
 static void begin_continuations(Scheduler *s, Request *r, const float *logits) {
     r->state = RUNNING;
     s->in_work--;                              // its continuations take places of their own
-    for (int n = 1; n > 0;) {
+    if (s->settings.scores) start_more(s, r);
+    for (int n = 1; n > 0 && !s->settings.scores;) {
         for (n = 0; may_start(s, r); n++) {
-            Continuation *c = start_continuation(&s->pages, r, r->n);
+            Continuation *c = start_continuation(&s->pages, &s->settings, r, r->n);
             s->draws[n] = (Draw){ .continuation = c, .logits = logits, .rows = 1 };
             s->in_work++;
         }
         draw_all(s, n);
     }
+}
+
+// Piece: a row of logits, and the token that it says something of.
+static void score_piece(void *arg, int row, int thread) {
+    const Scheduler *s = arg;
+    const Reading *r = s->readings;
+    while (row >= r->first + r->n) r++;
+    const Continuation *c = r->continuation;
+    int place = c->n + row - r->first, likeliest = likeliest_of(&s->settings);
+    int vocab = s->m->c.vocab;
+    const float *logits = logits_of(&s->work, row);
+    Ranked *found = c->ranks + (long)place * (1 + likeliest);
+    if (s->kernels->all_finite(vocab, logits))
+        find_ranks(&s->samplers[thread], logits, vocab, c->known[c->unscored + place], likeliest,
+                   found);
+    else found->id = TOKENIZER_NONE;
+}
+
+static void read_scores(Scheduler *s) {
+    parallel(s->n_logits, score_piece, s);
+    int width = 1 + likeliest_of(&s->settings);
+    for (const Reading *r = s->readings; r < s->readings + s->n_readings; r++) {
+        Continuation *c = r->continuation;
+        if (r->purpose != TO_SCORE) continue;
+        for (int i = c->n; i < c->n + r->n; i++)
+            if (c->ranks[(long)i * width].id == TOKENIZER_NONE) die_not_finite(s->m);
+        c->n += r->n;
+        s->figures.tokens += r->n;
+        if (wholly_scored(c)) end_score(s, c);
+        if (s->client.grown) s->client.grown(s->client.arg, c);
+    }
+    int left = 0;
+    for (int i = 0; i < s->n_running; i++)
+        if (s->running[i]->reason == UNDECIDED) s->running[left++] = s->running[i];
+    s->n_running = left;
 }
 
 static void hand_out_logits(Scheduler *s, const Reading *reading) {
@@ -3886,7 +4088,7 @@ static void hand_out_logits(Scheduler *s, const Reading *reading) {
     end_request(&s->pages, r);
 }
 
-static void read_pass(Scheduler *s) {
+static void read_draws(Scheduler *s) {
     int n = 0;
     long before = s->figures.tokens;
     s->n_running = 0;
@@ -3897,6 +4099,11 @@ static void read_pass(Scheduler *s) {
     draw_all(s, n);
     s->figures.draws += n;
     s->figures.decoded += s->figures.tokens - before;
+}
+
+static void read_pass(Scheduler *s) {
+    if (s->settings.scores) read_scores(s);
+    else read_draws(s);
     for (const Reading *r = s->readings; r < s->readings + s->n_readings; r++) {
         if (r->purpose == TO_BEGIN)
             begin_continuations(s, r->request, logits_of(&s->work, r->first));
@@ -3934,7 +4141,8 @@ static Scheduler scheduler_open(const Model *m, const Kernels *kernels, Settings
     s.max_rows = rows_of_pass(settings.rows, usual, batch * m->c.context);
     s.batch = batch < s.max_rows ? (int)batch : s.max_rows;
     int most_logits = s.batch + (guesses ? MOST_GUESSES : 0);
-    if (settings.every_position || most_logits > s.max_rows) most_logits = s.max_rows;
+    if (settings.every_position || settings.scores || most_logits > s.max_rows)
+        most_logits = s.max_rows;
     s.pages.kv = kv_open(m);
     s.pages.ceiling = settings.kv_memory / s.pages.kv.page_bytes;
     s.work = work_open(m, kernels, s.max_rows, most_logits);
@@ -3986,14 +4194,31 @@ static void scheduler_close(Scheduler *s) {
 typedef struct {
     const char *prompt, *file; // of -p and -f; neither: records of standard input
     bool no_escape, null, jsonl;
+    bool scores;               // a prompt may come with continuations, to be scored
 } Source;
 
 typedef struct {
     const char *truncate;      // "left", "right", or NULL: not
     bool no_special;           // special tokens are read as plain text
     long new_tokens;
+    long stride;               // of windows, from one's beginning to the next one's; 0: half of one
     long seed;                 // -1: each prompt draws its own from the system
 } PromptRules;
+
+// A prompt as it was read.
+typedef struct {
+    Bytes text;
+    Bytes members;             // of JSON that came with it
+    Texts continuations;
+    bool continued;            // there are continuations, if only an empty list
+    bool wrong;                // they are no texts
+} Prompt;
+
+static void prompt_free(Prompt *p) {
+    free(p->text.data);
+    free(p->members.data);
+    free_texts(&p->continuations);
+}
 
 typedef struct {
     int fd;
@@ -4040,7 +4265,7 @@ static int next_record(Records *in, bool wait, char **text, size_t *n) {
 }
 
 // Prompts one by one: the one of -p or -f, or records.
-typedef struct { const Source *source; Records records; bool single, given; char *owned; } Prompts;
+typedef struct { const Source *source; Records records; bool single, given; } Prompts;
 
 static Prompts prompts_open(const Source *source) {
     return (Prompts){ .source = source, .single = source->prompt || source->file,
@@ -4048,45 +4273,81 @@ static Prompts prompts_open(const Source *source) {
                                    .delimiter = source->null ? 0 : '\n' } };
 }
 
-// As next_record, with escapes decoded where they are to be; *line is 0 for a single prompt.
-static int next_prompt(Prompts *p, bool wait, char **text, size_t *n, long *line) {
-    const Source *s = p->source;
+// As next_record, with escapes decoded where they are to be, into p, whose memory is used again;
+// *line is 0 for a single prompt. With `scores` the first tab of a line separates a text from its
+// continuation.
+static int next_prompt(Prompts *all, bool wait, Prompt *p, long *line) {
+    const Source *s = all->source;
+    char *text;
+    size_t n;
     *line = 0;
-    if (p->single && p->given) return -1;
-    if (p->single) {
-        Bytes b = {0};
-        p->given = true;
-        if (s->file) b = read_file(s->file);
-        else append(&b, s->prompt, strlen(s->prompt));
-        if (s->prompt && !s->no_escape) b.size = unescape(b.data, b.size);
-        *text = p->owned = b.data;
-        *n = b.size;
+    p->text.size = 0;
+    if (all->single && all->given) return -1;
+    if (all->single) {
+        all->given = true;
+        if (s->file) p->text = read_file(s->file);
+        else append_string(&p->text, s->prompt);
+        if (s->prompt && !s->no_escape) p->text.size = unescape(p->text.data, p->text.size);
         return 1;
     }
-    int got = next_record(&p->records, wait, text, n);
-    if (got == 1 && !s->no_escape && !s->null && !s->jsonl) *n = unescape(*text, *n);
-    *line = p->records.line;
-    return got;
+    int got = next_record(&all->records, wait, &text, &n);
+    *line = all->records.line;
+    if (got < 1) return got;
+    bool plain = s->null || s->jsonl;
+    char *tab = s->scores && !plain ? memchr(text, '\t', n) : NULL;
+    size_t first = tab ? (size_t)(tab - text) : n;
+    append(&p->text, text, first);
+    if (!s->no_escape && !plain) p->text.size = unescape(p->text.data, first);
+    if (tab == NULL) return 1;
+    Bytes behind = {0};
+    append(&behind, tab + 1, n - first - 1);
+    if (!s->no_escape) behind.size = unescape(behind.data, behind.size);
+    add_text(&p->continuations, behind);
+    p->continued = true;
+    return 1;
 }
 
-static void prompts_close(Prompts *p) {
-    free(p->owned);
-    free(p->records.buffer.data);
-}
+static void prompts_close(Prompts *p) { free(p->records.buffer.data); }
 
 // Is this the name of a member that the output has of its own?
-static bool is_ours(const Bytes *name) {
-    static const char *const ours[] = { "prompt", "generated_text", "finish_reason",
-                                        "prompt_tokens", "new_tokens", "seed", "error" };
-    for (size_t i = 0; i < sizeof ours / sizeof *ours; i++)
-        if (strcmp(name->data, ours[i]) == 0 && name->size == strlen(ours[i])) return true;
+static bool is_ours(const Settings *s, const Bytes *name) {
+    bool scored = s->scores, drawn = !scored;
+    struct { const char *name; bool ours; } members[] = {
+        { "prompt", true }, { "error", true }, { "logprobs", s->logprobs >= 0 },
+        { "generated_text", drawn }, { "finish_reason", drawn }, { "prompt_tokens", drawn },
+        { "new_tokens", drawn }, { "seed", drawn },
+        { "continuation", scored }, { "logprob", scored }, { "tokens", scored },
+        { "perplexity", scored }, { "bits_per_byte", scored }, { "greedy", scored },
+    };
+    for (size_t i = 0; i < sizeof members / sizeof *members; i++)
+        if (strcmp(name->data, members[i].name) == 0 && name->size == strlen(members[i].name))
+            return members[i].ours;
     return false;
 }
 
-// One member of an object known to be sound: of "prompt" what it says goes to `prompt`, of another
-// the member as it is, with a comma behind it, to `others`, unless it is ours. j->flaw says what
-// is wrong with the last prompt, *fault where.
-static void json_member(Json *j, Bytes *prompt, Bytes *others, const char **fault) {
+// The value of "continuation": a string, or a list of them. False: it is something else.
+static bool json_continuations(Json *j, Prompt *p) {
+    free_texts(&p->continuations);             // the last member of this name counts
+    p->continued = true;
+    bool list = json_take(j, '[');
+    if (list && json_take(j, ']')) return true;
+    do {
+        json_skip_space(j);
+        Bytes text = {0};
+        append(&text, "", 0);
+        if (*j->at != '"') return free(text.data), false;
+        json_string(j, &text);
+        add_text(&p->continuations, text);
+    } while (list && json_take(j, ','));
+    return !list || json_take(j, ']');
+}
+
+// One member of an object known to be sound: what "prompt" and, to be scored, "continuation" say
+// goes to p, of another the member as it is, with a comma behind it, to p's members, unless it is
+// ours. j->flaw says what is wrong with the last prompt, *fault where; *continuation is where the
+// last one stands.
+static void json_member(Json *j, const Settings *s, Prompt *p, const char **fault,
+                        const char **continuation) {
     json_skip_space(j);
     const char *member = j->at;
     Bytes name = {0};
@@ -4094,32 +4355,38 @@ static void json_member(Json *j, Bytes *prompt, Bytes *others, const char **faul
     json_string(j, &name);
     json_take(j, ':');
     json_skip_space(j);
-    bool ours = is_ours(&name), is_prompt = ours && strcmp(name.data, "prompt") == 0;
+    const char *value = j->at;
+    bool ours = is_ours(s, &name), is_prompt = ours && strcmp(name.data, "prompt") == 0;
+    bool is_continuation = ours && strcmp(name.data, "continuation") == 0;
     free(name.data);
     if (is_prompt) {
         *fault = j->at;
-        prompt->size = 0;
+        p->text.size = 0;
         j->flaw = *j->at == '"' ? NULL : "the prompt must be a string";
     }
-    if (is_prompt && *j->at == '"') json_string(j, prompt);
+    if (is_continuation) p->wrong = !json_continuations(j, p), *continuation = value;
+    j->at = value;
+    if (is_prompt && *j->at == '"') json_string(j, &p->text);
     else json_value(j, 0);
     if (ours) return;
-    append(others, member, (size_t)(j->at - member));
-    append_string(others, ", ");
+    append(&p->members, member, (size_t)(j->at - member));
+    append_string(&p->members, ", ");
 }
 
 // An object with a "prompt" that is a string. The last of equal names counts. Sound JSON keeps its
 // other members, whatever is wrong with its prompt.
-static bool json_record(Json *j, Bytes *prompt, Bytes *others) {
+static bool json_record(Json *j, const Settings *s, Prompt *p) {
     if (!json_value(j, -1)) return false;
     json_skip_space(j);
     if (j->at < j->end) return json_fail(j, "the end of the line was expected");
     j->at = j->start;
     if (!json_take(j, '{')) return json_fail(j, "an object was expected");
     j->flaw = "there is no member \"prompt\"";
-    const char *fault = j->start;
+    const char *fault = j->start, *continuation = NULL;
     for (bool more = !json_take(j, '}'); more; more = json_take(j, ','))
-        json_member(j, prompt, others, &fault);
+        json_member(j, s, p, &fault, &continuation);
+    p->wrong &= j->flaw == NULL;               // the prompt comes first
+    if (p->wrong) j->flaw = "a string or a list of strings was expected", fault = continuation;
     if (j->flaw) j->at = fault;
     return j->flaw == NULL;
 }
@@ -4156,6 +4423,9 @@ static char *memory_refusal(const Request *r, const Model *m, const Settings *s)
     double need = bytes_needed(r, m);
     bool runs = r->limit > 0 || s->every_position;
     if (!runs || need <= (double)s->kv_memory) return NULL;
+    if (s->scores)
+        return format_string("the text needs %.1f MB of keys and values, --kv-memory allows %.1f; "
+                             "a larger --kv-memory does", need * 1e-6, (double)s->kv_memory * 1e-6);
     return format_string("the prompt%s %.1f MB of keys and values, --kv-memory allows %.1f; %sa "
                          "larger --kv-memory does",
                          s->every_position ? " needs" : " and its new tokens need", need * 1e-6,
@@ -4190,38 +4460,120 @@ static Request *new_request(Model *m, const PromptRules *rules, const Settings *
     Request *r = allocate(1, sizeof *r);
     r->prompt = memcpy(allocate(n + 1, 1), text, n);
     r->prompt_size = n;
+    if (s->scores) return r;
     give_tokens(r, m, rules, s);
     r->seed = rules->seed >= 0 ? (uint64_t)rules->seed : system_random() >> 11;
     return r;
 }
 
+// The windows in which a request's text is scored, all but its first token: of the context's
+// length, each `stride` tokens behind the one before it, until one reaches the end. A token is
+// scored in the window that reaches it first (transformers' guide, "Perplexity of fixed-length
+// models").
+static void find_windows(Request *r, Model *m, const PromptRules *rules) {
+    long context = m->c.context, stride = rules->stride ? rules->stride : context / 2;
+    r->windows = true;
+    r->ids = allocate(r->prompt_size + 1, sizeof *r->ids);
+    size_t count = encode(m, rules->no_special, r->prompt, r->prompt_size, r->ids);
+    long tokens = (long)count, behind = tokens - context;      // the first window
+    if (rules->truncate)
+        r->error = format_string("--truncate cuts the text before a continuation, and here is "
+                                 "none: a tab and the continuation, or with --jsonl the member "
+                                 "\"continuation\"");
+    else if (tokens > INT_MAX || (context == 1 && tokens > 1))
+        r->error = format_string("the text has %ld tokens, too many to be scored", tokens);
+    if (r->error) return;
+    make_continuations(r, 1 + (behind > 0 ? (behind + stride - 1) / stride : 0));
+    r->limit = (int)(tokens < context ? tokens : context) - 1;
+    if (r->limit < 0) r->limit = 0;
+    for (int i = 0; i < r->n_continuations; i++) {
+        Continuation *c = &r->continuations[i];
+        long begin = i * stride, left = tokens - begin;
+        c->known = r->ids + begin;
+        c->n_known = (int)(left < context ? left : context);
+        c->unscored = i == 0 ? 1 : (int)(context - stride);
+    }
+}
+
+// A request's continuations, to be scored behind its text. They share all of it but its last
+// token, which each of them begins with, for the logits that it leaves.
+static void find_continuations(Request *r, Model *m, const PromptRules *rules, Texts *given) {
+    size_t most = (size_t)m->c.context + 1, room = r->prompt_size + 1, longest = 0;
+    for (int i = 0; i < given->n; i++) room += given->texts[i].size + 1;
+    r->ids = allocate(room, sizeof *r->ids);
+    size_t text = encode(m, rules->no_special, r->prompt, r->prompt_size, r->ids), at;
+    if (text == 0 && m->start_token == TOKENIZER_NONE) {
+        r->error = format_string("the text before the continuation is empty and the model has no "
+                                 "<|start|> token; give a text");
+        return;
+    }
+    if (text == 0) r->ids[text++] = m->start_token;
+    make_continuations(r, given->n);
+    at = text;
+    for (int i = 0; i < given->n; i++) {
+        Continuation *c = &r->continuations[i];
+        Bytes *its = &given->texts[i];
+        uint32_t *ids = r->ids + at;
+        ids[0] = r->ids[text - 1];
+        size_t n = encode(m, rules->no_special, its->data, its->size, ids + 1);
+        if (n > longest) longest = n;
+        at += 1 + n;
+        c->known = ids, c->n_known = 1 + (int)(n < most ? n : most), c->unscored = 1;
+        c->text = *its, *its = (Bytes){0};
+    }
+    size_t keep = rules->truncate && longest < most ? most - longest : text;
+    if (keep < text) memmove(r->ids, r->ids + text - keep, keep * sizeof *r->ids);
+    if (keep < text) text = keep;
+    if (text + longest > most)
+        r->error = format_string("the text has %zu tokens and its continuation %zu, together at "
+                                 "most %zu can be scored; shorten them%s", text, longest, most,
+                                 rules->truncate ? "" : ", or cut the text with --truncate left");
+    r->n = (int)text - 1;
+    r->limit = (int)longest;
+}
+
+// A request for what was read. Of a prompt its text and members are taken over, and the
+// continuations too.
+static Request *request_for(Prompt *p, Model *m, const PromptRules *rules, const Settings *s) {
+    Request *r = new_request(m, rules, s, p->text.data, p->text.size);
+    if (!s->scores) return r;
+    if (p->continued) find_continuations(r, m, rules, &p->continuations);
+    else find_windows(r, m, rules);
+    if (!r->error) r->error = memory_refusal(r, m, s);
+    return r;
+}
+
 // The next prompt's request; NULL: there is none now (*ended: none ever again).
-static Request *read_request(Prompts *p, Model *m, const PromptRules *rules, const Settings *s,
+static Request *read_request(Prompts *all, Model *m, const PromptRules *rules, const Settings *s,
                              bool wait, bool *ended) {
-    char *text;
-    size_t n;
+    Prompt p = {0};
     long line;
-    int got = next_prompt(p, wait, &text, &n, &line);
+    int got = next_prompt(all, wait, &p, &line);
     if (got < 0) *ended = true;
     if (got < 1) return NULL;
     Request *r;
-    Json record = { text, text, text + n, NULL };
-    Bytes prompt = {0}, members = {0};
-    append(&prompt, "", 0);
-    if (!p->source->jsonl) r = new_request(m, rules, s, text, n);
-    else if (json_record(&record, &prompt, &members))
-        r = new_request(m, rules, s, prompt.data, prompt.size);
+    Bytes given = p.text;
+    Json record = { given.data, given.data, given.data + given.size, NULL };
+    if (all->source->jsonl) {
+        p.text = (Bytes){0};
+        append(&p.text, "", 0);
+    }
+    if (!all->source->jsonl || json_record(&record, s, &p)) r = request_for(&p, m, rules, s);
     else {
         char *found = json_found(&record);
-        r = allocate(1, sizeof *r);
-        r->error = format_string("no prompt in JSON: at byte %td %s; found %s",
-                                 record.at - record.start, record.flaw, found);
+        if (p.wrong) r = new_request(m, rules, s, p.text.data, p.text.size);
+        else r = allocate(1, sizeof *r);
+        r->error = format_string("no %s in JSON: at byte %td %s; found %s",
+                                 p.wrong ? "continuation" : "prompt", record.at - record.start,
+                                 record.flaw, found);
         free(found);
     }
-    free(prompt.data);
-    r->members = members;
+    if (all->source->jsonl) free(given.data);
+    r->members = p.members;
+    p.members = (Bytes){0};
+    prompt_free(&p);
     r->line = line;
-    r->record_size = p->records.taken;
+    r->record_size = all->records.taken;
     return r;
 }
 
@@ -4234,6 +4586,8 @@ typedef enum {
     STREAM,                    // one text, as it grows
     LINES,                     // a line, or what ends in NUL, for each continuation
     OBJECTS,                   // a line of JSON for each prompt
+    ROWS, LABELS,              // figures of a score: a line for each text; a line each
+    HEAT,                      // one text, each token shaded by its surprise, as it is scored
 } Shape;
 
 // A line of progress on standard error, while a file of prompts is run.
@@ -4250,16 +4604,22 @@ typedef struct {
     const char *end;           // of a text: one byte
     bool echo, verbose;
     int returns;               // continuations of each prompt
-    const Stops *stops;
+    const Tokenizer *tokenizer;        // of the scored tokens
+    const Settings *settings;
     size_t shown;              // bytes of the streamed continuation
+    Bytes begun;               // HEAT: of a character whose last byte is not there yet
+    int shade;                 // that the terminal has now; 0: none
+    bool colour;
     bool some_failed;
     Progress progress;
 } Results;
 
 static Results results_of(Shape shape, bool null, bool echo, const Settings *s) {
-    return (Results){ .shape = shape, .end = null ? "" : "\n", .echo = echo,
-                      .form = null ? BEFORE_A_NUL : shape == STREAM ? AS_IT_IS : IN_A_LINE,
-                      .returns = (int)s->returns, .stops = &s->stops };
+    bool lines = shape == LINES || shape == OBJECTS;
+    bool figures = shape == ROWS || shape == LABELS;
+    return (Results){ .shape = shape, .end = null && !figures ? "" : "\n", .echo = echo,
+                      .form = null ? BEFORE_A_NUL : lines ? IN_A_LINE : AS_IT_IS,
+                      .returns = (int)s->returns, .settings = s };
 }
 
 static void hide_progress(Progress *p) {
@@ -4291,22 +4651,126 @@ static Bytes whole_text(const Continuation *c, bool echo) {
     return text;
 }
 
-// {"prompt", "generated_text", "finish_reason", "prompt_tokens", "new_tokens", "seed"} or
-// {"prompt", "error"}, behind the members that came with a prompt of --jsonl. A line that held no
-// prompt has the prompt null.
-static void append_object(Bytes *out, const Request *r, bool echo) {
+static const Ranked *ranks_of(const Results *o, const Continuation *c, int place) {
+    return c->ranks + (long)place * (1 + likeliest_of(o->settings));
+}
+
+// The likeliest tokens of a place, as many as were asked for: [{"id", "token", "logprob"}, ...].
+static void append_likeliest(Bytes *out, const Results *o, const Ranked *ranks) {
+    append_string(out, "[");
+    for (long i = 0; i < o->settings->logprobs && ranks[i].id != TOKENIZER_NONE; i++) {
+        size_t n;
+        const char *text = tokenizer_text(o->tokenizer, ranks[i].id, &n);
+        append_format(out, "%s{\"id\": %u, ", i ? ", " : "", ranks[i].id);
+        append_json(out, "\"token\": ", text, n);
+        append_string(out, ", \"logprob\": ");
+        append_number(out, ranks[i].logprob, IN_JSON);
+        append_string(out, "}");
+    }
+    append_string(out, "]");
+}
+
+// The log-probabilities of each token of n continuations, as one list: {"ids", "tokens",
+// "token_logprobs", "top_logprobs"}.
+static void append_logprobs(Bytes *out, const Results *o, const Continuation *c, int n) {
+    static const char *const names[] = { "{\"ids\": [", "], \"tokens\": [",
+                                         "], \"token_logprobs\": [", "], \"top_logprobs\": [" };
+    size_t length;
+    for (int member = 0; member < 4; member++) {
+        append_string(out, names[member]);
+        const char *comma = "";
+        for (int i = 0; i < n; i++)
+            for (int place = 0; place < c[i].n; place++, comma = ", ") {
+                const Ranked *ranks = ranks_of(o, &c[i], place);
+                const char *text = tokenizer_text(o->tokenizer, ranks->id, &length);
+                if (member == 0) append_format(out, "%s%u", comma, ranks->id);
+                else if (member == 1) append_json(out, comma, text, length);
+                else append_string(out, comma);
+                if (member == 2) append_number(out, ranks->logprob, IN_JSON);
+                if (member == 3) append_likeliest(out, o, ranks + 1);
+            }
+    }
+    append_string(out, "]}");
+}
+
+// What a score says of a text.
+typedef struct { double logprob; long tokens, bytes; bool greedy; } Score;
+
+// The figures, as columns, labels and JSON name them.
+static const char *const figure_names[] = { "logprob", "tokens", "perplexity", "bits_per_byte",
+                                            "greedy" };
+
+enum { LOGPROB, TOKENS, PERPLEXITY, BITS_PER_BYTE, GREEDY, FIGURES };
+
+// Of the scored tokens of n continuations together, summed in their order. A special token is no
+// text, and so has no bytes.
+static Score score_of(const Results *o, const Continuation *c, int n) {
+    Score score = { .greedy = true };
+    for (int i = 0; i < n; i++)
+        for (int place = 0; place < c[i].n; place++) {
+            const Ranked *ranks = ranks_of(o, &c[i], place);
+            size_t bytes;
+            tokenizer_text(o->tokenizer, ranks->id, &bytes);
+            score.logprob += ranks->logprob;
+            score.tokens++;
+            score.greedy &= ranks[1].id == ranks->id;
+            if (!tokenizer_is_special(o->tokenizer, ranks->id)) score.bytes += (long)bytes;
+        }
+    return score;
+}
+
+static void append_score(Bytes *out, const Score *s, int figure, Form form) {
+    static const double ln_2 = 0.69314718055994531;
+    double none = s->tokens ? INFINITY : NAN;          // per byte, where there are none
+    switch (figure) {
+    case LOGPROB: append_number(out, s->logprob, form); break;
+    case TOKENS: append_format(out, "%ld", s->tokens); break;
+    case PERPLEXITY: append_number(out, perplexity(s->logprob, s->tokens), form); break;
+    case BITS_PER_BYTE:
+        append_number(out, s->bytes ? -s->logprob / ln_2 / (double)s->bytes : none, form);
+        break;
+    case GREEDY:
+        if (form == IN_JSON) append_string(out, s->greedy ? "true" : "false");
+        else append_string(out, s->greedy ? "1" : "0");
+    }
+}
+
+// A row of figures, or lines of them with their names.
+static void append_figures(Bytes *out, const Results *o, const Request *r) {
+    Score score = score_of(o, r->continuations, r->n_continuations);
+    for (int i = 0; i < FIGURES; i++) {
+        if (o->shape == LABELS) append_format(out, "%-15s", figure_names[i]);
+        append_score(out, &score, i, IN_A_LINE);
+        append_string(out, o->shape == LABELS || i + 1 == FIGURES ? "\n" : "\t");
+    }
+}
+
+// , "continuation": [...], "logprob": [...] and so on: one entry a continuation, or one for all
+// windows of a text.
+static void append_scores(Bytes *out, const Results *o, const Request *r) {
+    int lists = r->windows ? 1 : r->n_continuations, each = r->windows ? r->n_continuations : 1;
+    if (!r->windows) append_string(out, ", \"continuation\": [");
+    for (int i = 0; !r->windows && i < lists; i++) {
+        const Bytes *text = &r->continuations[i].text;
+        append_json(out, i ? ", " : "", text->data, text->size);
+    }
+    if (!r->windows) append_string(out, "]");
+    for (int figure = 0; figure < FIGURES; figure++) {
+        append_format(out, ", \"%s\": [", figure_names[figure]);
+        for (int i = 0; i < lists; i++) {
+            Score score = score_of(o, r->continuations + i, each);
+            append_string(out, i ? ", " : "");
+            append_score(out, &score, figure, IN_JSON);
+        }
+        append_string(out, "]");
+    }
+}
+
+// , "generated_text": [...], "finish_reason": [...] and so on.
+static void append_generated(Bytes *out, const Request *r, bool echo) {
     static const char *const reasons[] = {
         [BY_EOS] = "eos", [BY_LENGTH] = "length", [BY_STOP] = "stop",
     };
-    append_string(out, "{");
-    append_text(out, r->members.data, r->members.size, JSON_ITSELF);
-    if (r->prompt) append_json(out, "\"prompt\": ", r->prompt, r->prompt_size);
-    else append_string(out, "\"prompt\": null");
-    if (r->error) {
-        append_json(out, ", \"error\": ", r->error, strlen(r->error));
-        append_string(out, "}\n");
-        return;
-    }
     const Continuation *c = r->continuations;
     append_string(out, ", \"generated_text\": [");
     for (int i = 0; i < r->n_continuations; i++) {
@@ -4320,11 +4784,96 @@ static void append_object(Bytes *out, const Request *r, bool echo) {
     append_format(out, "], \"prompt_tokens\": %d, \"new_tokens\": [", r->prompt_tokens);
     for (int i = 0; i < r->n_continuations; i++)
         append_format(out, "%s%d", i ? ", " : "", c[i].n);
-    append_format(out, "], \"seed\": %llu}\n", (unsigned long long)r->seed);
+    append_format(out, "], \"seed\": %llu", (unsigned long long)r->seed);
 }
 
-// A stream begins with its prompt.
-static void show_begun(const Results *o, const Request *r) {
+// One object: the members that came with a prompt of --jsonl, the prompt (null where a line held
+// none), and what became of it, or the error.
+static void append_object(Bytes *out, const Results *o, const Request *r) {
+    append_string(out, "{");
+    append_text(out, r->members.data, r->members.size, JSON_ITSELF);
+    if (r->prompt) append_json(out, "\"prompt\": ", r->prompt, r->prompt_size);
+    else append_string(out, "\"prompt\": null");
+    if (r->error) append_json(out, ", \"error\": ", r->error, strlen(r->error));
+    else if (o->settings->scores) append_scores(out, o, r);
+    else append_generated(out, r, o->echo);
+    int lists = r->windows ? 1 : r->n_continuations;
+    if (!r->error && o->settings->logprobs >= 0) {
+        append_string(out, ", \"logprobs\": [");
+        for (int i = 0; i < lists; i++) {
+            append_string(out, i ? ", " : "");
+            append_logprobs(out, o, r->continuations + i, r->windows ? r->n_continuations : 1);
+        }
+        append_string(out, "]");
+    }
+    append_string(out, "}\n");
+}
+
+// --heat. From pale yellow to red, of a terminal's 256 colours; a token of one bit has none, one of
+// MOST_BITS or more the last.
+static const int shades[] = { 230, 229, 223, 222, 216, 215, 209, 203, 202, 196 };
+
+enum { SHADES = sizeof shades / sizeof *shades, MOST_BITS = 12 };
+
+static int shade_of(double logprob) {
+    double bits = -logprob / 0.69314718055994531;
+    if (!(bits > 1)) return 0;
+    return bits >= MOST_BITS ? SHADES : 1 + (int)((bits - 1) / (MOST_BITS - 1) * (SHADES - 1));
+}
+
+static void append_shade(Bytes *out, int shade) {
+    if (shade == 0) append_string(out, "\033[0m");
+    else append_format(out, "\033[38;5;16;48;5;%dm", shades[shade - 1]);     // black on it
+}
+
+// A token's text, in whole characters: one that tokens share has the last one's shade. Ends of
+// lines have none, which would reach to the terminal's edge.
+static void show_shaded(Results *o, uint32_t id, int shade) {
+    Bytes out = {0};
+    size_t n;
+    const char *text = tokenizer_text(o->tokenizer, id, &n);
+    append(&o->begun, text, n);
+    size_t whole = o->begun.size - utf8_unfinished(o->begun.data, o->begun.size), length;
+    for (size_t i = 0; i < whole; i += length) {
+        uint32_t code;
+        length = utf8_char(o->begun.data + i, whole - i, &code);
+        int its = !o->colour || code == '\n' || code == '\r' ? 0 : shade;
+        if (its != o->shade) append_shade(&out, its);
+        o->shade = its;
+        append_text(&out, o->begun.data + i, length, o->form);
+    }
+    drop(&o->begun, whole);
+    print(&out);
+}
+
+static void show_heat(Results *o, const Continuation *c) {
+    for (int place = 0; place < c->n; place++) {
+        const Ranked *ranks = ranks_of(o, c, place);
+        show_shaded(o, ranks->id, shade_of(ranks->logprob));
+    }
+}
+
+// What the shades mean, on standard error.
+static void show_legend(const Results *o) {
+    Bytes out = {0};
+    if (!o->colour) return;
+    append_string(&out, "kl3m: bits of surprise:");
+    for (int i = 1; i <= SHADES; i++) {
+        append_string(&out, " ");
+        append_shade(&out, i);
+        append_format(&out, " %.0f%s ", 1 + (double)(i - 1) * (MOST_BITS - 1) / (SHADES - 1),
+                      i == SHADES ? "+" : "");
+        append_shade(&out, 0);
+    }
+    append_string(&out, "\n");
+    write_error(out.data, out.size);
+    free(out.data);
+}
+
+// A stream begins with its prompt, a shaded text with the token that nothing stands before.
+static void show_begun(Results *o, const Request *r) {
+    if (o->shape == HEAT && r->continuations->n_known > 0)
+        show_shaded(o, r->continuations->known[0], 0);
     if (o->shape != STREAM || !o->echo) return;
     Bytes out = {0};
     append_text(&out, r->prompt, r->prompt_size, o->form);
@@ -4337,7 +4886,7 @@ static void show_grown(Results *o, const Continuation *c) {
     size_t end = c->text.size;
     if (o->shape != STREAM) return;
     if (c->reason == UNDECIDED) {
-        end -= held_for_stop(o->stops, &c->text);
+        end -= held_for_stop(&o->settings->stops, &c->text);
         end -= utf8_unfinished(c->text.data, end);
     }
     if (end <= o->shown) return;
@@ -4347,9 +4896,11 @@ static void show_grown(Results *o, const Continuation *c) {
     print(&out);
 }
 
-// A continuation's line, at once: its text need not be kept, however many there are.
-static void show_decided(const Results *o, Continuation *c) {
-    if (o->shape == OBJECTS) return;
+// A continuation's line, at once: its text need not be kept, however many there are. What is scored
+// is shown with its request.
+static void show_decided(Results *o, Continuation *c) {
+    if (o->shape == HEAT) show_heat(o, c);
+    if (o->shape != STREAM && o->shape != LINES) return;
     Bytes out = {0};
     if (o->shape == LINES) {
         Bytes text = whole_text(c, o->echo);
@@ -4362,18 +4913,31 @@ static void show_decided(const Results *o, Continuation *c) {
     c->text = (Bytes){0};
 }
 
-// A request's object, or an empty place for each continuation that it does not have.
+// The text's end: of a character that is not whole, what there is; and one newline more.
+static void end_heat(Results *o, Bytes *out) {
+    if (o->shade) append_shade(out, 0);
+    append_text(out, o->begun.data, o->begun.size, o->form);
+    append_string(out, "\n");
+    free(o->begun.data);
+    o->begun = (Bytes){0};
+}
+
+// A request's object or figures, or an empty place for each continuation that it does not have.
 static void show_done(Results *o, Request *r) {
     Bytes out = {0};
     char where[32] = "";
     if (r->line) snprintf(where, sizeof where, "line %ld: ", r->line);
     o->progress.done++;
     o->progress.done_size += (double)r->record_size;
-    if (r->error || o->verbose) hide_progress(&o->progress);
+    bool seeded = o->verbose && !r->error && !o->settings->scores;
+    if (r->error || seeded) hide_progress(&o->progress);
     if (r->error) message("%s%s", where, r->error);
-    else if (o->verbose) message("%sseed %llu", where, (unsigned long long)r->seed);
+    if (seeded) message("%sseed %llu", where, (unsigned long long)r->seed);
     o->some_failed |= r->error != NULL;
-    if (o->shape == OBJECTS) append_object(&out, r, o->echo);
+    bool figures_there = (o->shape == ROWS || o->shape == LABELS) && !r->error && r->state == DONE;
+    if (o->shape == OBJECTS) append_object(&out, o, r);
+    else if (figures_there) append_figures(&out, o, r);
+    else if (o->shape == HEAT) end_heat(o, &out);
     else for (; r->delivered < o->returns; r->delivered++) append(&out, o->end, 1);
     print(&out);
 }
@@ -4381,7 +4945,8 @@ static void show_done(Results *o, Request *r) {
 // How many of a request's places are to be shown after a signal: up to the last one that is
 // decided.
 static int count_shown(const Results *o, const Request *r) {
-    int places = r->state == DONE || o->shape == STREAM ? o->returns : 0;
+    bool open = o->shape == STREAM || o->shape == HEAT;        // something of it was shown
+    int places = r->state == DONE || open ? o->returns : 0;
     for (int i = r->delivered; o->shape == LINES && i < r->n_continuations; i++)
         if (r->continuations[i].reason != UNDECIDED) places = i + 1;
     return places;
@@ -4421,8 +4986,8 @@ typedef struct {
     Settings settings;
     const char *stops[MOST_STOPS];
     int n_stops;
-    bool no_echo, json, no_speculation, quiet, verbose;
-    bool tokenize, detokenize, info, verify, learn, help, version;     // commands
+    bool no_echo, json, no_speculation, heat, no_colour, quiet, verbose;
+    bool score, tokenize, detokenize, info, verify, learn, help, version;     // commands
     long threads;              // 0: as many as pay off
     long tokens;               // that --learn samples
 } Options;
@@ -4432,6 +4997,7 @@ typedef struct {
     const Options *o;
     Model *m;
     Settings settings;         // the options', with the stop texts
+    PromptRules rules;
     Prompts prompts;
     Results results;
     Scheduler scheduler;
@@ -4439,7 +5005,7 @@ typedef struct {
 
 static Request *next_generation(void *arg, bool wait, bool *ended) {
     Generation *g = arg;
-    return read_request(&g->prompts, g->m, &g->o->rules, &g->settings, wait, ended);
+    return read_request(&g->prompts, g->m, &g->rules, &g->settings, wait, ended);
 }
 
 static void generation_begun(void *arg, const Request *r) {
@@ -4471,59 +5037,87 @@ static Progress progress_of(const Options *o) {
 // -v's figures of a run that began and ended then.
 static void show_figures(const Scheduler *s, double start, double end) {
     const Figures *f = &s->figures;
-    message("%ld passes, %ld rows, %ld new tokens in %.3f s, %.1f tokens/s, %s, %d threads",
-            f->passes, f->rows, f->tokens, end - start, (double)f->tokens / (end - start),
-            s->kernels->name, pool.threads);
+    message("%ld passes, %ld rows, %ld %s tokens in %.3f s, %.1f tokens/s, %s, %d threads",
+            f->passes, f->rows, f->tokens, s->settings.scores ? "scored" : "new", end - start,
+            (double)f->tokens / (end - start), s->kernels->name, pool.threads);
     message("%.1f of %.1f MB for keys and values",
             (double)s->pages.kv.pages * (double)s->pages.kv.page_bytes * 1e-6,
             (double)s->settings.kv_memory * 1e-6);
     if (s->guesses && f->draws > 0)
         message("%.2f tokens a pass, %ld of %ld guesses came true",
                 (double)f->decoded / (double)f->draws, f->decoded - f->draws, f->guesses);
-    if (f->tokens > 1)
+    if (f->tokens > 1 && !s->settings.scores)
         message("first token after %.3f s, %ld more at %.2f tokens/s", f->first_token - start,
                 f->tokens - 1, (double)(f->tokens - 1) / (end - f->first_token));
 }
 
 // The stop texts as bytes.
-static Stops stops_of(const Options *o) {
-    Stops s = { allocate((size_t)o->n_stops, sizeof *s.texts), o->n_stops };
-    for (int i = 0; i < s.n; i++) {
-        append_string(&s.texts[i], o->stops[i]);
-        if (!o->source.no_escape) s.texts[i].size = unescape(s.texts[i].data, s.texts[i].size);
+static Texts stops_of(const Options *o) {
+    Texts stops = {0};
+    for (int i = 0; i < o->n_stops; i++) {
+        Bytes text = {0};
+        append_string(&text, o->stops[i]);
+        if (!o->source.no_escape) text.size = unescape(text.data, text.size);
+        add_text(&stops, text);
     }
-    return s;
+    return stops;
 }
 
-static int generate(const Options *o, Model *m, const Kernels *kernels) {
-    bool one = (o->source.prompt || o->source.file) && o->settings.returns == 1;
-    Shape shape = o->json ? OBJECTS : one ? STREAM : LINES;
-    Generation g = { .o = o, .m = m, .settings = o->settings,
-                     .prompts = prompts_open(&o->source) };
-    g.settings.stops = stops_of(o);
-    g.results = results_of(shape, o->source.null, !o->no_echo, &g.settings);
-    Client client = { &g, .next = next_generation, .begun = generation_begun,
+// Runs all prompts and shows what became of them, in this shape.
+static int run_all(Generation *g, Shape shape, const Kernels *kernels) {
+    const Options *o = g->o;
+    Client client = { g, .next = next_generation, .begun = generation_begun,
                       .grown = generation_grown, .decided = generation_decided,
                       .done = generation_done };
     Guesses guesses = {0}, *used = NULL;
-    if (!o->no_speculation) {
-        guesses = guesses_open(m);
+    if (!o->no_speculation && !g->settings.scores) {
+        guesses = guesses_open(g->m);
         used = &guesses;
     }
-    g.scheduler = scheduler_open(m, kernels, g.settings, client, used);
-    g.results.verbose = o->verbose;
-    g.results.progress = progress_of(o);
+    g->prompts = prompts_open(&o->source);
+    g->results = results_of(shape, o->source.null, !o->no_echo, &g->settings);
+    g->results.tokenizer = &g->m->tokenizer;
+    g->results.colour = shape == HEAT && !o->no_colour;
+    g->results.verbose = o->verbose;
+    g->results.progress = progress_of(o);
+    g->scheduler = scheduler_open(g->m, kernels, g->settings, client, used);
+    if (!o->quiet) show_legend(&g->results);
     double start = seconds();
-    schedule(&g.scheduler);
-    hide_progress(&g.results.progress);
-    if (interrupted) show_interrupted(&g.results, g.scheduler.first);
-    if (o->verbose) show_figures(&g.scheduler, start, seconds());
-    scheduler_close(&g.scheduler);
+    schedule(&g->scheduler);
+    hide_progress(&g->results.progress);
+    if (interrupted) show_interrupted(&g->results, g->scheduler.first);
+    if (o->verbose) show_figures(&g->scheduler, start, seconds());
+    scheduler_close(&g->scheduler);
     if (used) guesses_close(used);
-    for (int i = 0; i < g.settings.stops.n; i++) free(g.settings.stops.texts[i].data);
-    free(g.settings.stops.texts);
-    prompts_close(&g.prompts);
-    return interrupted ? interrupted : g.results.some_failed ? SOME_FAILED : OK;
+    prompts_close(&g->prompts);
+    return interrupted ? interrupted : g->results.some_failed ? SOME_FAILED : OK;
+}
+
+static bool single(const Source *s) { return s->prompt || s->file; }
+
+static int generate(const Options *o, Model *m, const Kernels *kernels) {
+    Shape texts = single(&o->source) && o->settings.returns == 1 ? STREAM : LINES;
+    Generation g = { .o = o, .m = m, .settings = o->settings, .rules = o->rules };
+    g.settings.stops = stops_of(o);
+    int status = run_all(&g, o->json ? OBJECTS : texts, kernels);
+    free_texts(&g.settings.stops);
+    return status;
+}
+
+static int score(const Options *o, Model *m, const Kernels *kernels) {
+    const char *truncate = o->rules.truncate;
+    Generation g = { .o = o, .m = m, .settings = o->settings, .rules = o->rules };
+    Shape figures = o->heat ? HEAT : single(&o->source) ? LABELS : ROWS;
+    if (truncate && (strcmp(truncate, "left") != 0 || single(&o->source)))
+        usage_error("with --score, --truncate left cuts the text before a continuation, and "
+                    "nothing else");
+    if (o->heat && !single(&o->source))
+        usage_error("--heat shades one text, that of -p or -f");
+    if (o->rules.stride >= m->c.context)
+        usage_error("--stride: '%ld' is not a whole number from 1 to %d, the context less 1",
+                    o->rules.stride, m->c.context - 1);
+    g.settings.scores = true;
+    return run_all(&g, o->json ? OBJECTS : figures, kernels);
 }
 
 // Ids as digits and spaces, by hand and into one buffer: printf, or an allocation for each line,
@@ -4548,15 +5142,16 @@ static int tokenize(const Options *o, Model *m, const Kernels *kernels) {
     Prompts prompts = prompts_open(&o->source);
     Bytes out = {0};
     uint32_t *ids = NULL;
-    size_t room = 0, n;
-    char *text;
+    size_t room = 0;
+    Prompt p = {0};
     long line;
-    while (!interrupted && next_prompt(&prompts, true, &text, &n, &line) == 1) {
-        ids = grow(ids, &room, (n + 1) * sizeof *ids);
+    while (!interrupted && next_prompt(&prompts, true, &p, &line) == 1) {
+        ids = grow(ids, &room, (p.text.size + 1) * sizeof *ids);
         out.size = 0;
-        append_ids(&out, ids, encode(m, o->rules.no_special, text, n, ids));
+        append_ids(&out, ids, encode(m, o->rules.no_special, p.text.data, p.text.size, ids));
         write_all(&standard_output, out.data, out.size);
     }
+    prompt_free(&p);
     flush_stdout();
     free(out.data);
     free(ids);
@@ -4643,13 +5238,12 @@ static Request *only_request(const Options *o, Model *m, const Settings *setting
     Prompts prompts = prompts_open(&o->source);
     PromptRules rules = o->rules;
     rules.new_tokens = 0;
-    char *more;
-    size_t n;
+    Prompt more = {0};
     long line;
     bool ended = false;
     Request *r = read_request(&prompts, m, &rules, settings, true, &ended);
     if (ended) usage_error("--logits: standard input holds no prompt");
-    if (r && next_prompt(&prompts, true, &more, &n, &line) == 1)
+    if (r && next_prompt(&prompts, true, &more, &line) == 1)
         usage_error("--logits takes one prompt, and standard input holds more than one line");
     prompts_close(&prompts);
     return r;
@@ -4887,7 +5481,8 @@ typedef struct {
     bool above;                // the value must lie above least
     bool once;                 // it may not be given twice
     const char *excludes;      // options that it does not go with, separated by spaces; or NULL
-    const char *needs;         // an option that it is nothing without, or NULL
+    const char *needs;         // options, separated by spaces, without which it is nothing: one of
+                               // them must be given; or NULL
     const char *why;           // of these two, for the message
     Command *command;          // what it asks for instead of generating, or NULL
     bool passes;               // the command runs passes, and so needs threads
@@ -4895,8 +5490,8 @@ typedef struct {
 
 static Options options = {
     .rules = { .new_tokens = 128, .seed = -1 },
-    .settings = { .returns = 1, .sampling = { .temperature = 0.3, .top_k = 50, .top_p = 1,
-                                              .penalty = 1 } },
+    .settings = { .returns = 1, .logprobs = -1,
+                  .sampling = { .temperature = 0.3, .top_k = 50, .top_p = 1, .penalty = 1 } },
 };
 
 static const Option option_table[] = {
@@ -4954,6 +5549,20 @@ static const Option option_table[] = {
       .help = "ceiling for keys and values, as 512M or 2G", .least = 1, .most = 0x1p60 },
     { 0, "no-speculation", NULL, FLAG, &options.no_speculation,
       .help = "one token a pass: no guesses" },
+    { 0, "score", NULL, FLAG, &options.score,
+      .help = "say how likely each text is, and generate nothing",
+      .command = score, .passes = true,
+      .excludes = "max-new-tokens temperature top-k top-p min-p repetition-penalty "
+                  "num-return-sequences seed stop ignore-eos no-echo no-speculation",
+      .why = "nothing is drawn" },
+    { 0, "stride", "N", WHOLE, &options.rules.stride,
+      .help = "with --score: of windows (half the context)",
+      .least = 1, .most = INT_MAX, .needs = "score" },
+    { 0, "logprobs", "N", WHOLE, &options.settings.logprobs,
+      .help = "in JSON: each token's, and N likeliest ones'", .most = 100, .needs = "json jsonl" },
+    { 0, "heat", NULL, FLAG, &options.heat,
+      .help = "with --score: the text, shaded by its surprise", .needs = "score",
+      .excludes = "json jsonl null", .why = "it shows one text in colours" },
     { 0, "tokenize", NULL, FLAG, &options.tokenize, .help = "print each prompt's token ids",
       .command = tokenize },
     { 0, "detokenize", NULL, FLAG, &options.detokenize,
@@ -5131,6 +5740,18 @@ static int parse_letters(int argc, char **argv, int i) {
     return i;
 }
 
+static void check_needs(const Option *o) {
+    const Option *needed = NULL;
+    for (const char *name = o->needs; name && *name; name += *name == ' ') {
+        size_t n = strcspn(name, " ");
+        const Option *other = find_option(0, name, n);
+        if (given[other - option_table]) return;
+        if (needed == NULL) needed = other;
+        name += n;
+    }
+    if (needed) usage_error("%s goes with %s", title_of(o).text, title_of(needed).text);
+}
+
 // The table's rules of what goes with what, and one command at a time.
 static void check_options(void) {
     const Option *chosen = NULL;
@@ -5145,9 +5766,7 @@ static void check_options(void) {
                             title_of(other).text, o->why ? ": " : "", o->why ? o->why : "");
             name += n + (name[n] == ' ');
         }
-        const Option *needed = o->needs ? find_option(0, o->needs, strlen(o->needs)) : NULL;
-        if (needed && !given[needed - option_table])
-            usage_error("%s goes with %s", title_of(o).text, title_of(needed).text);
+        check_needs(o);
         if (o->command && chosen)
             usage_error("%s and %s exclude each other", title_of(chosen).text, title_of(o).text);
         if (o->command) chosen = o;
@@ -5173,6 +5792,9 @@ static void parse_options(int argc, char **argv) {
     }
     check_options();
     options.json |= options.source.jsonl;
+    options.source.scores = options.score;
+    const char *no_color = getenv("NO_COLOR");
+    options.no_colour = no_color && *no_color;
     options.verbose &= !options.quiet;
     bool prompts = !options.info && !options.verify && !options.learn && !options.help &&
                    !options.version;

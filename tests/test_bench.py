@@ -12,7 +12,7 @@ from pathlib import Path
 from harness import KL3M, ROOT, Skip, expect, once, run, small_model, test, tmpdir
 
 WORKS = ["decode", "decode at position 240", "prefill of 32 tokens", "prefill of 240 tokens",
-         "decode, 16 sequences at once", "decode, 48 sequences at once"]
+         "score of 32 tokens", "decode, 16 sequences at once", "decode, 48 sequences at once"]
 SOURCES = ("kl3m.c", "tokenizer.c", "tokenizer.h", "tests/bench/bench.c")
 
 

@@ -21,7 +21,7 @@ ROOMS = {
     "Scheduling": ["Ground", "Model file", "Threads", "KV cache", "Linear layers", "Attention",
                    "Forward", "Sampling", "Guesses", "Requests"],
     "Prompts": ["Ground", "Text", "Model file", "Requests"],
-    "Results": ["Ground", "Text", "Requests"],
+    "Results": ["Ground", "Text", "Sampling", "Requests"],
     "Commands": ["Ground", "Text", "Model file", "Threads", "Guesses", "Requests", "Scheduling",
                  "Prompts", "Results"],
     "Options": ["Ground", "Text", "Lanes", "Commands"],

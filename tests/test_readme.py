@@ -41,6 +41,7 @@ def commands_print_what_is_shown():
     folder = tmpdir()
     (folder / "kl3m").symlink_to(KL3M)
     (folder / "demo.bin").symlink_to(tiny_model())
+    (folder / "tests").symlink_to(ROOT / "tests")
     for block in re.findall(r"^```console\n(.*?)^```$", text, flags=re.M | re.S):
         for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, flags=re.M):
             done = subprocess.run(["sh", "-c", command], cwd=folder, stdout=subprocess.PIPE,
@@ -48,6 +49,14 @@ def commands_print_what_is_shown():
             expect(done.stdout.decode(), output, command)
             examples += 1
     assert examples >= 5, examples
+
+
+@test("the picture of --heat in README.md is what is printed")
+def picture_of_heat():
+    drawn = tmpdir() / "heat.svg"
+    subprocess.run([sys.executable, ROOT / "tests" / "heat" / "heat.py", tiny_model(), drawn],
+                   env=dict(os.environ, KL3M=str(KL3M)), check=True)
+    expect(drawn.read_bytes(), (ROOT / "tests" / "heat" / "heat.svg").read_bytes())
 
 
 def check_demo(make):

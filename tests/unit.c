@@ -333,17 +333,19 @@ static int check_prefill(void) {
         { 256, 1, { 3000 }, { 256 } },
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        Request requests[4] = {0}, *scratch[4];
-        Scheduler s = { .first = requests, .prefills = scratch };
+        Request requests[4] = {0};
+        Prefill found[4];
+        Scheduler s = { .first = requests, .prefills = found };
         for (int r = 0; r < cases[i].n; r++)
             requests[r] = (Request){
                 .n = cases[i].need[r] + 1, .prompt_kv.length = 1, .state = PREFILLING,
                 .number = r, .next = r + 1 < cases[i].n ? &requests[r + 1] : NULL,
             };
+        find_prefills(&s);
         plan_prefill(&s, cases[i].room);
         for (int r = 0; r < cases[i].n; r++)
-            if (requests[r].rows != cases[i].want[r]) {
-                printf("case %zu, prompt %d: %d rows, expected %d\n", i, r, requests[r].rows,
+            if (found[r].request != &requests[r] || found[r].rows != cases[i].want[r]) {
+                printf("case %zu, prompt %d: %d rows, expected %d\n", i, r, found[r].rows,
                        cases[i].want[r]);
                 return 1;
             }

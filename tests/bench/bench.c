@@ -195,9 +195,11 @@ static Needs needs_of(const Model *m, const Task *t) {
 // logits.
 typedef struct { int sequences, from, rows, logits; } Pass;
 
+static int n_of(Pass p) { return p.sequences * p.rows; }
+
 // Seconds that it takes at least.
 static double roofline(const Model *m, Limits l, Pass p) {
-    double n = (double)p.sequences * p.rows;
+    double n = n_of(p);
     Task task = { .passes = 1, .rows = n, .logits = p.logits,
                   .kept = (double)p.sequences * (p.from + p.rows),
                   .seen = n * (p.from + (p.rows + 1) / 2.0) };
@@ -334,6 +336,7 @@ typedef struct {
     int number, sequences;
     int from, step;            // where a sequence's first window begins; the next one behind that
     int tokens, rows;          // of a sequence, in a window and in a pass
+    bool scored;               // each row wants logits, and they are looked at as --score does
     double speed, limit, share;        // tokens a second, tokens a second, median
 } BenchWork;
 
@@ -345,6 +348,7 @@ typedef struct {
     KVCache kv;
     Sequence *sequences;       // [USUAL_BATCH]
     Row *rows;                 // of the largest pass
+    Sampler *samplers;         // [threads]
 } Bench;
 
 typedef struct {
@@ -374,7 +378,16 @@ static Pass pass_of(const BenchWork *w, int window, int done) {
     int left = w->tokens - done, rows = left < w->rows ? left : w->rows;
     bool last = (w->step == 0 || window == WINDOWS - 1) && rows == left;
     return (Pass){ w->sequences, w->from + window * w->step + done, rows,
-                   .logits = w->rows == 1 || last ? w->sequences : 0 };
+                   .logits = w->scored ? rows : w->rows == 1 || last ? w->sequences : 0 };
+}
+
+// Piece: a row's logits.
+static void rank_piece(void *arg, int row, int thread) {
+    const Bench *b = arg;
+    const float *logits = logits_of(&b->work, row);
+    Ranked found[2];
+    if (b->kernels->all_finite(b->m->c.vocab, logits))
+        find_ranks(&b->samplers[thread], logits, b->m->c.vocab, 0, 1, found);
 }
 
 static void run_bench_pass(Bench *b, Pass p) {
@@ -383,10 +396,11 @@ static void run_bench_pass(Bench *b, Pass p) {
         for (int i = 0; i < p.rows; i++) {
             int position = p.from + i;
             uint32_t token = (uint32_t)((position + 1) * 7919 + s) % (uint32_t)b->m->c.vocab;
-            b->rows[n++] = (Row){ &b->sequences[s], position, token,
-                                  p.logits > 0 && i == p.rows - 1 };
+            bool wanted = p.logits == n_of(p) || (p.logits > 0 && i == p.rows - 1);
+            b->rows[n++] = (Row){ &b->sequences[s], position, token, wanted };
         }
     forward(&b->work, b->rows, n);
+    if (p.rows > 1 && p.logits == n) parallel(n, rank_piece, b);
 }
 
 static double run_window(Bench *b, const BenchWork *w, int window) {
@@ -536,9 +550,11 @@ static void show_object(const Bench *b, const BenchResult *r) {
 static Bench bench_open(const Model *m, const Kernels *kernels, int far, int near, int rows) {
     int most = rows < USUAL_BATCH ? USUAL_BATCH : rows;
     Bench b = { .m = m, .kernels = kernels, .probe = probe_of(m, kernels), .kv = kv_open(m),
-                .work = work_open(m, kernels, most, USUAL_BATCH) };
+                .work = work_open(m, kernels, most, most) };
     b.rows = allocate((size_t)most, sizeof *b.rows);
     b.sequences = allocate(USUAL_BATCH, sizeof *b.sequences);
+    b.samplers = allocate((size_t)pool.threads, sizeof *b.samplers);
+    for (int i = 0; i < pool.threads; i++) b.samplers[i] = sampler_open(kernels, m->c.vocab);
     for (int i = 0; i < USUAL_BATCH; i++) {
         Sequence *s = &b.sequences[i];
         kv_reserve(&b.kv, s, i ? near : far);
@@ -553,6 +569,8 @@ static void bench_close(Bench *b) {
     for (int i = 0; i < USUAL_BATCH; i++) kv_free(&b->kv, &b->sequences[i]);
     kv_close(&b->kv);
     work_close(&b->work);
+    for (int i = 0; i < pool.threads; i++) sampler_close(&b->samplers[i]);
+    free(b->samplers);
     free(b->sequences);
     free(b->rows);
 }
@@ -572,6 +590,8 @@ static int table(Model *m, const Kernels *kernels) {
         { "prefill of %d tokens", prompt, .sequences = 1, .tokens = prompt, .rows = rows },
         { "prefill of %d tokens", far, .sequences = 1, .tokens = window, .rows = rows,
           .step = window },
+        { "score of %d tokens", prompt, .sequences = 1, .tokens = prompt, .rows = rows,
+          .scored = true },
         { "decode, %d sequences at once", SOME, .sequences = SOME, .from = near, .tokens = 4,
           .rows = 1 },
         { "decode, %d sequences at once", USUAL_BATCH, .sequences = USUAL_BATCH, .from = near,

@@ -95,6 +95,8 @@ def prepare_environment(folder):
 #   last_logits(ids)               the logits after these tokens
 #   generate(ids, count)           the seconds from a prompt to `count` tokens; with 1 this is
 #                                  prefill
+#   score(ids)                     the seconds to the log-probability of every token but the first,
+#                                  and their sum
 #   decode(context, first, count)  the seconds of `count` passes, each of a token for each sequence,
 #                                  and the ids drawn last. `first` are the sequences' first tokens;
 #                                  a context comes before them (before one sequence) without being
@@ -146,6 +148,23 @@ class Transformers:
 
     def generate(self, ids, count):
         return self.passes(self.torch.tensor([ids]), self.new_cache(len(ids) + count), count)[0]
+
+    def score(self, ids):
+        """By the loop of its guide to perplexity: windows of the context, half of it apart."""
+        places, total, previous = SHAPES["max_position_embeddings"], 0, 0
+        start = time.perf_counter()
+        with self.torch.inference_mode():
+            for begin in range(0, len(ids), places // 2):
+                end = min(begin + places, len(ids))
+                window = self.torch.tensor([ids[begin:end]])
+                target = window.clone()
+                target[:, :len(window[0]) - (end - previous)] = -100
+                loss = self.model(window, labels=target, use_cache=False).loss
+                total -= loss.item() * (target[:, 1:] != -100).sum().item()
+                previous = end
+                if end == len(ids):
+                    break
+        return time.perf_counter() - start, total
 
     def decode(self, context, first, count):
         if not context or context != self.context:
@@ -239,6 +258,29 @@ class LlamaCpp:
             ids = [int(self.prefill(ids).argmax())]
         return time.perf_counter() - start
 
+    def score(self, ids):
+        """Logits of all tokens, and ln softmax by numpy, in float32."""
+        import numpy
+        self.make_room(1, len(ids))
+        batch, total = self.api.llama_batch_init(self.PASS, 0, 1), 0
+        start = time.perf_counter()
+        for first in range(0, len(ids), self.PASS):
+            part = ids[first:first + self.PASS]
+            batch.n_tokens = len(part)
+            for i, token in enumerate(part):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, first + i, 1
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            self.feed(batch)
+            targets = ids[first + 1:first + 1 + len(part)]
+            rows = self.as_array(self.api.llama_get_logits(self.llama),
+                                 (len(part), self.vocab))[:len(targets)]
+            most = rows.max(1)
+            zero = most + numpy.log(numpy.exp(rows - most[:, None]).sum(1))
+            total += float((rows[numpy.arange(len(targets)), targets] - zero).sum())
+        seconds = time.perf_counter() - start
+        self.api.llama_batch_free(batch)
+        return seconds, total
+
     def decode(self, context, first, count):
         if not context or context != self.context:
             self.make_room(len(first), len(context) + count)
@@ -287,6 +329,11 @@ class CTranslate2:
 
     def generate(self, ids, count):
         return self.draw([ids], count)[0]
+
+    def score(self, ids):
+        start = time.perf_counter()
+        result, = self.generator.score_batch([[self.tokens[i] for i in ids]])
+        return time.perf_counter() - start, sum(result.log_probs)
 
     def decode(self, context, first, count):
         if not context:
@@ -706,6 +753,38 @@ class PrefillFar(Prefill):
     slow, settings = True, {"transformers": [Transformers.usual], "ct2": [CTranslate2.usual]}
 
 
+class Score:
+    """Log-probabilities of all tokens of a text but the first."""
+    unit, slow, settings = "tokens/s", False, {}
+
+    def __init__(self, count):
+        self.count, self.title = count, "score of {:,} tokens".format(count)
+
+    def begin(self, kl3m, prompts):
+        self.prompts = prompts
+        self.program = Program([KL3M, "-m", kl3m.model, "-j", THREADS, "--score"],
+                               kl3m.scratch / "kl3m.log")
+
+    def prompt(self):
+        return self.prompts.new(self.count)[0]
+
+    def ours(self, prompt):
+        seconds, answers = self.program.ask([prompt[0]])
+        self.last = prompt[1], float(answers[0].split(b"\t")[0])
+        return self.count / seconds
+
+    def theirs(self, peer, prompt):
+        seconds, total = peer.ask("score", ids=prompt[1])
+        ids, ours = self.last
+        if ids == prompt[1] and abs(total / ours - 1) > 0.001:
+            sys.exit("bench_peers.py: %s scores %.1f where kl3m scores %.1f"
+                     % (peer.title, total, ours))
+        return self.count / seconds
+
+    def end(self):
+        self.program.end()
+
+
 class FirstToken:
     """A new process each time, up to its first token. The others are given ids, and so are spared
     their tokenizers."""
@@ -742,7 +821,7 @@ class Memory(FirstToken):
 
 
 WORKS = [Decode(1, 32), DecodeText(), DecodeFar(3840), Decode(16, 16), DecodeMany(48, 16),
-         Prefill(512), PrefillFar(3840), FirstToken(), Memory()]
+         Prefill(512), PrefillFar(3840), Score(512), FirstToken(), Memory()]
 
 
 # ---- Agreement ----------------------------------------------------------------------------------

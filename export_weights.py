@@ -45,7 +45,7 @@ from array import array
 from collections import Counter, namedtuple
 
 PROGRAM = "export_weights.py"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # ---- Errors ----
 
@@ -371,8 +371,13 @@ def read_config(config):
                   parallel, base, float(eps))
 
 
-def config_section(config):
-    return struct.pack("<10I8x2d", *config)
+def config_section(config, tokenizer):
+    """Sizes, then the tokens that texts start from and end with: <|start|> and <|end|>, where the
+    tokenizer has them; no normalizer."""
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    ends = [ids[name] for name in ("<|end|>",) if name in ids]
+    return struct.pack("<10I8x2d", *config) + struct.pack(
+        "<10I24x", ids.get("<|start|>", NOBODY), len(ends), *(ends + [0] * (8 - len(ends))))
 
 
 # ---- Safetensors ----
@@ -1399,8 +1404,9 @@ def read_sections(source):
     config = config._replace(kv_heads=count_kv_heads(config, tensors))
     check_tensors(config, tensors)
     tokenizer = read_object(source.directory, "tokenizer.json", TOKENIZER_LIMIT)
-    texts = {"config": config_section(config), "about": about_section(source, config_json),
-             "tokenizer": tokenizer_section(tokenizer, config.vocab)}
+    tables = tokenizer_section(tokenizer, config.vocab)    # checks added_tokens
+    texts = {"config": config_section(config, tokenizer),
+             "about": about_section(source, config_json), "tokenizer": tables}
     return [Section(name, BYTES, 0, 0, 0, len(data), [data]) for name, data in texts.items()] + [
         Section(weight.name, F32, weight.rows, weight.cols, int(weight.kind == PANELS),
                 weight_size(weight), weight_blocks(config, weight, tensors[weight.source]))

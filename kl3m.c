@@ -792,7 +792,9 @@ static char *json_found(const Json *j) {
 // assume that each pointer in a Model leads to as many bytes as its comment says and that the
 // tokenizer's tables are sound. What else must know how a weight lies asks its Format.
 
-enum { FORMAT_VERSION = 1, ROW_MAJOR = 0, PANELS = 1 };
+// Files of OLDEST_VERSION are read too: their config ends where the start and end tokens begin,
+// which are found by their names.
+enum { OLDEST_VERSION = 1, FORMAT_VERSION = 2, ROW_MAJOR = 0, PANELS = 1, MOST_ENDS = 8 };
 
 // Types of sections, as in the file: bytes of any meaning, then what weights may be.
 typedef enum { TYPE_BYTES, TYPE_F32, TYPES } Type;
@@ -850,8 +852,13 @@ typedef struct {
     uint32_t hidden, layers, heads, kv_heads, head_size, rotary_dims, intermediate, vocab, context;
     uint32_t parallel_residual, zero[2];
     double rotary_base, layer_norm_eps;
+    // From version 2 on:
+    uint32_t start;            // the token of an empty prompt, or TOKENIZER_NONE
+    uint32_t n_ends, ends[MOST_ENDS];  // the tokens that end a text
+    uint32_t normalizer;       // of prompts: 0, none
+    uint32_t rest[5];          // 0
 } FileConfig;
-_Static_assert(sizeof(FileConfig) == 64, "as on disk");
+_Static_assert(sizeof(FileConfig) == 128 && offsetof(FileConfig, start) == 64, "as on disk");
 
 typedef struct {
     int hidden, layers, heads, kv_heads, head_size, rotary_dims, intermediate, vocab, context;
@@ -876,9 +883,9 @@ typedef struct {
     size_t size;
     const Section *sections;   // [n_sections]
     uint32_t n_sections;
+    FileConfig file_config;    // as version 2 has it
     Config c;
     Tokenizer tokenizer;
-    uint32_t start_token, end_token;   // TOKENIZER_NONE: there is none
     const char *about;         // "key\tvalue\n" lines, about_size bytes
     size_t about_size;
     Matrix embed_in;           // [vocab][hidden] row-major, unpadded
@@ -1049,10 +1056,12 @@ static void find_tensors(Model *m) {
 
 static void read_config(Model *m) {
     const Section *s = find_section(m, "config");
-    FileConfig f;
-    if (s->type != TYPE_BYTES || s->size != sizeof f)
+    bool oldest = ((const FileHeader *)m->map)->version == OLDEST_VERSION;
+    size_t size = oldest ? offsetof(FileConfig, start) : sizeof(FileConfig);
+    if (s->type != TYPE_BYTES || s->size != size)
         die("%s: the config has a wrong size; export it again", m->path);
-    memcpy(&f, m->map + s->offset, sizeof f);
+    memcpy(&m->file_config, m->map + s->offset, size);
+    FileConfig f = m->file_config;
     // Limits far above any model of the family, low enough that no product of two overflows.
     struct { const char *name; uint32_t value, least, most; } checks[] = {
         { "hidden", f.hidden, 1, 1 << 16 },
@@ -1092,11 +1101,36 @@ static void read_tokenizer(Model *m) {
     const Section *s = find_section(m, "tokenizer");
     const char *flaw = tokenizer_open(&m->tokenizer, m->map + s->offset, s->size);
     if (flaw) die("%s: %s; export the model again", m->path, flaw);
-    m->start_token = tokenizer_find_added(&m->tokenizer, "<|start|>");
-    m->end_token = tokenizer_find_added(&m->tokenizer, "<|end|>");
     if (m->tokenizer.tokens > (uint32_t)m->c.vocab)
         die("%s: %u tokens but %d rows of weights; export the model again", m->path,
             m->tokenizer.tokens, m->c.vocab);
+}
+
+static void check_token(const Model *m, const char *what, uint32_t id) {
+    if (id >= (uint32_t)m->c.vocab)
+        die("%s: config: the %s token is %u of %d; export the model again", m->path, what, id,
+            m->c.vocab);
+}
+
+// The tokens that a text begins from and ends with.
+static void read_ends(Model *m) {
+    FileConfig *f = &m->file_config;
+    if (((const FileHeader *)m->map)->version == OLDEST_VERSION) {
+        f->start = tokenizer_find_added(&m->tokenizer, "<|start|>");
+        f->ends[0] = tokenizer_find_added(&m->tokenizer, "<|end|>");
+        f->n_ends = f->ends[0] != TOKENIZER_NONE;
+    }
+    if (f->normalizer != 0 || f->n_ends > MOST_ENDS)
+        die("%s: config: normalizer %u and %u end tokens are not known to this program; a newer "
+            "one may know them", m->path, f->normalizer, f->n_ends);
+    if (f->start != TOKENIZER_NONE) check_token(m, "start", f->start);
+    for (uint32_t i = 0; i < f->n_ends; i++) check_token(m, "end", f->ends[i]);
+}
+
+static bool is_end(const Model *m, uint32_t token) {
+    for (uint32_t i = 0; i < m->file_config.n_ends; i++)
+        if (m->file_config.ends[i] == token) return true;
+    return false;
 }
 
 static void check_directory(const Model *m) {
@@ -1104,9 +1138,9 @@ static void check_directory(const Model *m) {
     const char *again = "export the model again, or copy it again";
     if (memcmp(h->magic, file_magic, sizeof file_magic) != 0)
         die("%s is not a kl3m model; export_weights.py makes one", m->path);
-    if (h->version != FORMAT_VERSION)
-        die("%s has version %u of the format, this program reads version %d: export the model "
-            "again", m->path, h->version, FORMAT_VERSION);
+    if (h->version < OLDEST_VERSION || h->version > FORMAT_VERSION)
+        die("%s has version %u of the format, this program reads versions %d to %d: export the "
+            "model again", m->path, h->version, OLDEST_VERSION, FORMAT_VERSION);
     if (h->file_size != m->size)
         die("%s has %zu bytes and should have %llu: it was cut or changed; %s", m->path, m->size,
             (unsigned long long)h->file_size, again);
@@ -1157,6 +1191,7 @@ static Model model_open(const char *path) {
     m.n_sections = h->sections;
     read_config(&m);
     read_tokenizer(&m);
+    read_ends(&m);
     const Section *about = find_section(&m, "about");
     m.about = (const char *)m.map + about->offset;
     m.about_size = about->size;
@@ -3410,7 +3445,7 @@ static void accept_token(const Model *m, const Settings *s, Continuation *c) {
     if (find_stop(&s->stops, &c->text, old, &end, &n)) {
         c->reason = BY_STOP;
         c->text.size = end - n;
-    } else if (token == m->end_token && !s->ignore_eos) c->reason = BY_EOS;
+    } else if (is_end(m, token) && !s->ignore_eos) c->reason = BY_EOS;
     else if (c->n >= c->request->limit) c->reason = BY_LENGTH;
 }
 
@@ -4404,7 +4439,7 @@ static char *refusal(const Model *m, const PromptRules *rules, size_t count, siz
     size_t context = (size_t)m->c.context;
     bool more = rules->new_tokens > 0;
     size_t most = more ? context - 1 : context;
-    if (count == 0 && m->start_token == TOKENIZER_NONE)
+    if (count == 0 && m->file_config.start == TOKENIZER_NONE)
         return format_string("the prompt is empty and the model has no <|start|> token; give a "
                              "prompt");
     if (rules->truncate && keep == 0 && count > 0)
@@ -4446,7 +4481,7 @@ static void give_tokens(Request *r, Model *m, const PromptRules *rules, const Se
             memmove(r->ids, r->ids + count - keep, keep * sizeof *r->ids);
         count = keep;
     }
-    if (count == 0) r->ids[0] = m->start_token;
+    if (count == 0) r->ids[0] = m->file_config.start;
     r->prompt_tokens = (int)count;
     r->n = count > 0 ? (int)count : 1;
     int room = m->c.context - r->n;
@@ -4502,12 +4537,12 @@ static void find_continuations(Request *r, Model *m, const PromptRules *rules, T
     for (int i = 0; i < given->n; i++) room += given->texts[i].size + 1;
     r->ids = allocate(room, sizeof *r->ids);
     size_t text = encode(m, rules->no_special, r->prompt, r->prompt_size, r->ids), at;
-    if (text == 0 && m->start_token == TOKENIZER_NONE) {
+    if (text == 0 && m->file_config.start == TOKENIZER_NONE) {
         r->error = format_string("the text before the continuation is empty and the model has no "
                                  "<|start|> token; give a text");
         return;
     }
-    if (text == 0) r->ids[text++] = m->start_token;
+    if (text == 0) r->ids[text++] = m->file_config.start;
     make_continuations(r, given->n);
     at = text;
     for (int i = 0; i < given->n; i++) {
@@ -5288,8 +5323,8 @@ static int info(const Options *o, Model *m, const Kernels *kernels) {
     double parameters = 0;
     for (uint32_t i = 0; i < m->n_sections; i++)
         parameters += (double)m->sections[i].rows * m->sections[i].cols;
-    append_format(&out, "format        version %d, %s weights, %zu bytes\n", FORMAT_VERSION,
-                  formats[m->embed_out.type].name, m->size);
+    append_format(&out, "format        version %u, %s weights, %zu bytes\n",
+                  ((const FileHeader *)m->map)->version, formats[m->embed_out.type].name, m->size);
     append_format(&out, "parameters    %.0f\n", parameters);
     append_format(&out, "layers        %d, %s residual\n", c->layers,
                   c->parallel_residual ? "parallel" : "serial");
@@ -5385,13 +5420,23 @@ static void opening_done(void *arg, Request *r) {
     l->shown = seconds();
 }
 
+// A section of the model's file as it is to be written again, in this program's version.
+static Part part_of(const Model *m, const Section *s) {
+    Part p = { *s, m->map + s->offset, SECTION_ALIGNMENT };
+    if (strcmp(s->name, "config") == 0) {
+        p.data = &m->file_config;
+        p.section.size = sizeof m->file_config;
+        p.section.crc = crc32_of(0, p.data, p.section.size);
+    }
+    return p;
+}
+
 // The model's file with a table of guesses behind its other sections, in place of one that it has.
 static void write_guesses(const Model *m, Output *out, const Context *table) {
     enum { SMALL_PAGE = 4096 };
     Part *parts = allocate(m->n_sections + 1, sizeof *parts), *p = parts;
     for (const Section *s = m->sections; s < m->sections + m->n_sections; s++)
-        if (strcmp(s->name, "guesses") != 0)
-            *p++ = (Part){ *s, m->map + s->offset, SECTION_ALIGNMENT };
+        if (strcmp(s->name, "guesses") != 0) *p++ = part_of(m, s);
     *p++ = (Part){ { .name = "guesses", .type = TYPE_BYTES, .size = TABLE_BYTES,
                      .crc = crc32_of(0, table, TABLE_BYTES) }, table, SMALL_PAGE };
     write_sections(&out->writer, parts, (uint32_t)(p - parts));
@@ -5550,7 +5595,7 @@ static const Option option_table[] = {
     { 0, "no-speculation", NULL, FLAG, &options.no_speculation,
       .help = "one token a pass: no guesses" },
     { 0, "score", NULL, FLAG, &options.score,
-      .help = "say how likely each text is, and generate nothing",
+      .help = "score each text instead of continuing it",
       .command = score, .passes = true,
       .excludes = "max-new-tokens temperature top-k top-p min-p repetition-penalty "
                   "num-return-sequences seed stop ignore-eos no-echo no-speculation",

@@ -472,7 +472,7 @@ def not_a_model():
     for args in ([], ["--verify"]):
         done = File().put("B", 3, ord("m")).sign().run(*args, "-p", "Q")
         check_error(done, 1, "spoilt.bin")
-    for version in (0, 2, 99, 2 ** 32 - 1):
+    for version in (0, 3, 99, 2 ** 32 - 1):
         for file in (File().put("I", 8, version), File().put("I", 8, version).sign()):
             check_error(file.run(), 1, "version", "export")
 
@@ -525,6 +525,40 @@ def wrong_numbers_right_checksums():
     for at in (48, 56):
         for x in (0.0, -1.0, float("inf"), float("nan")):
             assert File().put("d", config + at, x).sign("config").run().code in (0, 1), (at, x)
+
+
+    for at in range(64, 128, 4):    # the start token, the number of end tokens, these, normalizer
+        for n in (0, 1, 8, 9, 511, 520, 2 ** 31, 2 ** 32 - 2, 2 ** 32 - 1):
+            code = File().put("I", config + at, n).sign("config").run().code
+            assert code in (0, 1), (at, n)
+    expect(File().put("I", config + 68, 8).sign("config").run().code, 0)
+    for at, n in ((64, 520), (68, 9), (72, 2 ** 32 - 1), (104, 1)):
+        spoilt = File().put("I", config + 68, 8).put("I", config + at, n).sign("config")
+        expect(spoilt.run().code, 1, at)
+    check_error(File().put("I", config + 104, 1).sign("config").run(), 1, "normalizer", "newer")
+
+
+@test("a file of version 1 of the format is read as one of version 2 that names the same tokens")
+def version_1():
+    old = File()
+    place = old.sections["config"][0]
+    old.put("I", 8, 1).put("Q", place + 72, 64)
+    old.sections["config"] = (place, old.sections["config"][1], 64)
+    path, learnt = tmpdir() / "old.bin", tmpdir() / "learnt.bin"
+    path.write_bytes(old.sign("config").data)
+    args = ["-s", 1, "-n", 30, "-t", 1, "--json", "-r", 3]
+    for text in (b"The State\n", b"\n"):
+        want = run_kl3m("-m", small_model(), *args, input=text)
+        got = run_kl3m("-m", path, *args, input=text)
+        expect((got.code, got.out), (0, want.out), got.err)
+    assert "version 1," in run_kl3m("-m", path, "--info").text
+    expect(run_kl3m("-m", path, "--verify").code, 0)
+    done = run_kl3m("-m", path, "--learn", "-o", learnt, "--tokens", 50, "-n", 20, "-s", 1)
+    expect(done.code, 0, done.err)
+    assert "version 2," in run_kl3m("-m", learnt, "--info").text
+    expect(run_kl3m("-m", learnt, "--verify").code, 0)
+    expect(run_kl3m("-m", learnt, *args, input=b"\n").out,
+           run_kl3m("-m", small_model(), *args, input=b"\n").out)
 
 
 @test("a model file with a spoilt tokenizer never crashes the program")

@@ -43,7 +43,7 @@ class ModelFile:
     def __init__(self, path):
         data = Path(path).read_bytes()
         magic, version, count, size, checksum = struct.unpack_from("<8sIIQI", data)
-        expect((magic, version, size), (b"KL3M\r\n\x1a\n", 1, len(data)), "header")
+        expect((magic, version, size), (b"KL3M\r\n\x1a\n", 2, len(data)), "header")
         expect(checksum, zlib.crc32(data[:24] + data[64:64 + 96 * count]), "checksum of the table")
         expect(data[28:64], bytes(36), "the header's last bytes")
         self.sections, end = {}, 64 + 96 * count
@@ -61,7 +61,11 @@ class ModelFile:
         self.config = dict(zip(
             "hidden layers heads kv_heads head_size rotary_dims intermediate vocab context "
             "parallel_residual zero1 zero2 rotary_base eps".split(),
-            struct.unpack("<12I2d", self.text("config"))))
+            struct.unpack_from("<12I2d", self.text("config"))))
+        self.start, count, *ends = struct.unpack_from("<10I", self.text("config"), 64)
+        self.ends = ends[:count]
+        expect((len(self.text("config")), ends[count:], self.text("config")[104:]),
+               (128, [0] * (8 - count), bytes(24)), "the config's end")
         self.about = dict(line.split("\t") for line in self.text("about").decode().splitlines())
 
     def text(self, name):
@@ -1562,6 +1566,25 @@ def command_line():
 
 # ---- About ------------------------------------------------------------------------------------
 
+@test("the file names the tokens that texts start from and end with, where the tokenizer has them")
+def start_and_ends():
+    def renamed(*names):
+        def change(source):
+            for token in source.tokenizer["added_tokens"]:
+                if token["content"] in names:
+                    vocab = source.tokenizer["model"]["vocab"]
+                    other = token["content"] + "x"
+                    vocab[other] = vocab.pop(token["content"])
+                    token["content"] = other
+        return change
+    for names, start, ends in (((), 0, [1]), (("<|start|>",), NONE, [1]), (("<|end|>",), 0, [])):
+        top = tmpdir()
+        code, err = run_inside(small_source(top, "model", renamed(*names)), "-o", top / "out.bin")
+        expect(code, 0, err)
+        found = ModelFile(top / "out.bin")
+        expect((found.start, found.ends), (start, ends), names)
+
+
 @test("the file says where it comes from: name, source, revision, licence, attribution, citation")
 def where_the_file_comes_from():
     def about(change=lambda source: None, name="model", readme=None):
@@ -1573,7 +1596,7 @@ def where_the_file_comes_from():
         assert code == 0, err
         return ModelFile(top / "out.bin").about
     unknown = {key: "unknown" for key in ("revision", "license", "attribution", "citation")}
-    exporter = "export_weights.py, format 1"
+    exporter = "export_weights.py, format 2"
     expect(about(),
            dict(unknown, name="tiny-random", source="model (tiny-random)", exporter=exporter))
     expect(about(without("config", "_name_or_path")),

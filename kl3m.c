@@ -46,7 +46,8 @@
 //   14. Scheduling     passes: planned, run, read
 //   15. Prompts        lines, records, files; their ids
 //   16. Results        lines, JSON, a stream, figures, shades
-//   17. Commands       generate, score, tokenize, detokenize, logits, info, verify, learn
+//   17. Commands       generate, score, tokenize, detokenize, logits, info, verify, learn,
+//                      quantize
 //   18. Options        the table that the parser, --help and the README's table come from
 //   19. Main
 
@@ -797,7 +798,7 @@ static char *json_found(const Json *j) {
 enum { OLDEST_VERSION = 1, FORMAT_VERSION = 2, ROW_MAJOR = 0, PANELS = 1, MOST_ENDS = 8 };
 
 // Types of sections, as in the file: bytes of any meaning, then what weights may be.
-typedef enum { TYPE_BYTES, TYPE_F32, TYPES } Type;
+typedef enum { TYPE_BYTES, TYPE_F32, TYPE_BF16, TYPES } Type;
 
 // How a matrix lies: pairs of panels, PAIR outputs each; in a pair its inputs in their order, some
 // of them a unit. The two panels are streams of their own, or stand in each unit side by side:
@@ -818,6 +819,9 @@ typedef struct {
 // scale stands beside its tile and is multiplied in by the product, term by term.
 static const Format formats[TYPES] = {
     [TYPE_F32] = { "f32", .unit_inputs = 1, .unit_bytes = PAIR * sizeof(float), .streams = 2 },
+    // The upper half of an f32, widened when it is read: all arithmetic is that of f32.
+    [TYPE_BF16] = { "bf16", .unit_inputs = 1, .unit_bytes = PAIR * sizeof(uint16_t),
+                    .streams = 2 },
 };
 
 // One matrix [outputs][inputs] of weights; keys and values of a page are such too.
@@ -929,6 +933,21 @@ static long row_bytes(Type type, int columns) {
     return (long)columns * formats[type].unit_bytes / formats[type].unit_inputs / PAIR;
 }
 
+// The upper half of a float's bits, rounded to nearest, ties to even. A finite number may become
+// infinite.
+static uint16_t to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+static float from_bf16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 static const char *pair_of(const Matrix *m, int pair) {
     return m->at + pair * pair_bytes(m->type, m->inputs);
 }
@@ -1003,7 +1022,9 @@ typedef struct {
 static void find_tensor(const Model *m, const char *name, const Tensor *t, uint32_t *at) {
     const Section *s = find_section_from(m, name, at);
     if (s == NULL) die_missing(m, name);
-    Type type = TYPE_F32;
+    // Vectors are f32, matrices what they say, if the program knows it.
+    bool weights = t->matrix && s->type > TYPE_BYTES && s->type < TYPES;
+    Type type = weights ? (Type)s->type : TYPE_F32;
     long bytes = t->layout == PANELS ? panels_bytes(type, t->rows, t->cols)
                : t->vector           ? row_bytes(type, padded(t->cols))
                                      : t->rows * row_bytes(type, t->cols);
@@ -1213,8 +1234,16 @@ static void die_not_finite(const Model *m) {
         "the file", m->path);
 }
 
-// A section to be written: its offset is found here, its checksum stands in it; and its bytes.
-typedef struct { Section section; const void *data; uint64_t alignment; } Part;
+// A section to be written: its offset is found here, its checksum stands in it; and its bytes, or,
+// where data is NULL, who makes them from another section, in memory that serves until the next.
+typedef struct {
+    Section section;
+    const void *data;
+    uint64_t alignment;
+    const void *(*make)(void *arg, const Section *source);
+    void *arg;
+    const Section *source;
+} Part;
 
 // A model file of these sections, in their order, padded to whole huge pages.
 static void write_sections(Writer *out, Part *parts, uint32_t n) {
@@ -1234,7 +1263,7 @@ static void write_sections(Writer *out, Part *parts, uint32_t n) {
     for (Part *p = parts; p < parts + n; p++) write_all(out, &p->section, sizeof p->section);
     for (Part *p = parts; p < parts + n; at = p->section.offset + p->section.size, p++) {
         for (; at < p->section.offset; at++) write_all(out, "", 1);
-        write_all(out, p->data, p->section.size);
+        write_all(out, p->data ? p->data : p->make(p->arg, p->source), p->section.size);
     }
     for (; at < h.file_size; at++) write_all(out, "", 1);
 }
@@ -1400,6 +1429,7 @@ static const Kernels *choose_kernels(const char *name) {
 #define INLINE static inline __attribute__((always_inline)) TARGET
 typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES)));
+typedef uint16_t NAME(halves) __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 #define vec NAME(vec)
 #define ivec NAME(ivec)
 #define LOAD(p) (*(const vec *)(const void *)(p))
@@ -1409,9 +1439,10 @@ typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES)));
 // Vector v of the weights that a step multiplies, of VECTORS: those of two panels, `stride` bytes
 // apart, or of one. A type other than f32 widens its weights here.
 INLINE vec NAME(weights_at)(const Type type, const char *w, long stride, const int v) {
-    (void)type;
     const char *panel = w + v / PER_BLOCK * stride;
-    return LOAD(panel + v % PER_BLOCK * LANES * (int)sizeof(float));
+    if (type == TYPE_F32) return LOAD(panel + v % PER_BLOCK * LANES * (int)sizeof(float));
+    const void *at = panel + v % PER_BLOCK * LANES * (int)sizeof(uint16_t);
+    return (vec)(__builtin_convertvector(*(const NAME(halves) *)at, ivec) << 16);
 }
 
 // The place of vector v of row r among the sums.
@@ -1556,6 +1587,11 @@ INLINE void NAME(product)(const Type type, Factor a, Panels w, Ahead ahead, Sums
 static TARGET __attribute__((noinline))
 void NAME(product_f32)(Factor a, const Panels *w, const Ahead *ahead, Sums c) {
     NAME(product)(TYPE_F32, a, *w, *ahead, c);
+}
+
+static TARGET __attribute__((noinline))
+void NAME(product_bf16)(Factor a, const Panels *w, const Ahead *ahead, Sums c) {
+    NAME(product)(TYPE_BF16, a, *w, *ahead, c);
 }
 
 // e^x to 1.5 units in the last place for x in [-86, 0], all that is asked for; 0 below, where a
@@ -1775,8 +1811,9 @@ static TARGET const char *NAME(miscompiled)(void) {
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
 static const Kernels NAME(kernels) = {
-    .name = STRING(KIND), .product = { [TYPE_F32] = NAME(product_f32) }, .finish = NAME(finish),
-    .layer_norm = NAME(layer_norm), .softmax = NAME(softmax), .scale_columns = NAME(scale_columns),
+    .name = STRING(KIND), .finish = NAME(finish), .layer_norm = NAME(layer_norm),
+    .product = { [TYPE_F32] = NAME(product_f32), [TYPE_BF16] = NAME(product_bf16) },
+    .softmax = NAME(softmax), .scale_columns = NAME(scale_columns),
     .all_finite = NAME(all_finite), .maxima = NAME(maxima), .exp_sums = NAME(exp_sums),
     .miscompiled = NAME(miscompiled),
 };
@@ -2638,6 +2675,16 @@ static void work_close(Work *w) {
     free(w->scratch);
 }
 
+// Numbers i .. i + n - 1 of a row of a table.
+static void load_weights(Type type, const char *row, int i, int n, float *to) {
+    if (type == TYPE_F32) memcpy(to, row + (long)i * (long)sizeof *to, (size_t)n * sizeof *to);
+    for (int j = 0; type == TYPE_BF16 && j < n; j++) {
+        uint16_t half;
+        memcpy(&half, row + (long)(i + j) * (long)sizeof half, sizeof half);
+        to[j] = from_bf16(half);
+    }
+}
+
 // Piece: a tile's tokens become rows of x, its positions cosines and sines.
 static void embed_piece(void *arg, int tile, int thread) {
     (void)thread;
@@ -2647,12 +2694,11 @@ static void embed_piece(void *arg, int tile, int thread) {
     float *x = w->x + tile_at(tile, padded(hidden));
     for (int r = 0; r < rows_in_tile(w->n, tile); r++) {
         const Row *row = &w->rows[tile * TILE + r];
-        const float *from = (const float *)(const void *)
-                            (table->at + row->token * row_bytes(table->type, hidden));
+        const char *from = table->at + row->token * row_bytes(table->type, hidden);
         for (int i = 0; i < padded(hidden); i += BLOCK) {
             int n = hidden - i < 0 ? 0 : hidden - i < BLOCK ? hidden - i : BLOCK;
             memset(cell(x, r, i), 0, BLOCK * sizeof *x);
-            memcpy(cell(x, r, i), from + i, (size_t)n * sizeof *x);
+            load_weights(table->type, from, i, n, cell(x, r, i));
         }
         for (int i = 0; i < half; i++)
             w->rotations[(tile * TILE + r) * half + i] =
@@ -5015,7 +5061,7 @@ static void show_interrupted(Results *o, Request *first) {
 enum { MOST_STOPS = 64 };
 
 typedef struct {
-    const char *model, *logits, *out;
+    const char *model, *logits, *quantize, *out;
     Source source;
     PromptRules rules;
     Settings settings;
@@ -5422,7 +5468,7 @@ static void opening_done(void *arg, Request *r) {
 
 // A section of the model's file as it is to be written again, in this program's version.
 static Part part_of(const Model *m, const Section *s) {
-    Part p = { *s, m->map + s->offset, SECTION_ALIGNMENT };
+    Part p = { .section = *s, .data = m->map + s->offset, .alignment = SECTION_ALIGNMENT };
     if (strcmp(s->name, "config") == 0) {
         p.data = &m->file_config;
         p.section.size = sizeof m->file_config;
@@ -5437,15 +5483,16 @@ static void write_guesses(const Model *m, Output *out, const Context *table) {
     Part *parts = allocate(m->n_sections + 1, sizeof *parts), *p = parts;
     for (const Section *s = m->sections; s < m->sections + m->n_sections; s++)
         if (strcmp(s->name, "guesses") != 0) *p++ = part_of(m, s);
-    *p++ = (Part){ { .name = "guesses", .type = TYPE_BYTES, .size = TABLE_BYTES,
-                     .crc = crc32_of(0, table, TABLE_BYTES) }, table, SMALL_PAGE };
+    *p++ = (Part){ .section = { .name = "guesses", .type = TYPE_BYTES, .size = TABLE_BYTES,
+                                .crc = crc32_of(0, table, TABLE_BYTES) },
+                   .data = table, .alignment = SMALL_PAGE };
     write_sections(&out->writer, parts, (uint32_t)(p - parts));
     free(parts);
 }
 
-static void check_room(const Options *o, const Model *m, const Output *out) {
+static void check_room(const Options *o, double need, const Output *out) {
     struct statvfs disk;
-    double need = (double)m->size + (double)TABLE_BYTES, room = need;
+    double room = need;
     if (out->temporary && statvfs(out->temporary, &disk) == 0)
         room = (double)disk.f_bavail * (double)disk.f_frsize;
     if (room < need)
@@ -5487,7 +5534,7 @@ static int learn_guesses(const Options *o, Model *m, const Kernels *kernels) {
     size_t own = 0;
     if (o->source.file) text = read_file(o->source.file);
     Output out = output_open(o->out);          // now, not when all is done: it may not be possible
-    check_room(o, m, &out);
+    check_room(o, (double)m->size + (double)TABLE_BYTES, &out);
     double start = seconds();
     Scheduler s = scheduler_open(m, kernels, o->settings, client, NULL);
     schedule(&s);
@@ -5504,6 +5551,125 @@ static int learn_guesses(const Options *o, Model *m, const Kernels *kernels) {
     free(text.data);
     guesses_close(&l.table);
     scheduler_close(&s);
+    return interrupted;
+}
+
+// --quantize: the model's file once more, with matrices of another type. Each is packed twice, for
+// its checksum, which stands before it, and to be written: packing is quick, and so nothing of the
+// file need be held but one matrix.
+
+typedef struct {
+    const Options *o;
+    const Model *m;
+    Type type;
+    char *packed;              // a matrix; room for the largest
+    const Section *source;     // of what is packed now
+    atomic_bool broken;        // some weight is not finite in this type
+    atomic_bool changed;       // some weight is another number in this type
+    double done, whole;        // bytes of matrices, each twice
+    double shown;              // seconds(): when progress was
+} Quantizing;
+
+enum { PACKED_AT_ONCE = 1 << 16 };     // floats
+
+// Piece: some floats, in whatever order they lie.
+static void pack_bf16(void *arg, int piece, int thread) {
+    (void)thread;
+    Quantizing *q = arg;
+    size_t first = (size_t)piece * PACKED_AT_ONCE, end = q->source->size / sizeof(float);
+    if (end > first + PACKED_AT_ONCE) end = first + PACKED_AT_ONCE;
+    const float *from = (const void *)(q->m->map + q->source->offset);
+    uint16_t *to = (void *)q->packed;
+    bool broken = false, changed = false;
+    for (size_t i = first; i < end; i++) {
+        to[i] = to_bf16(from[i]);
+        broken |= (to[i] & 0x7F80) == 0x7F80;
+        changed |= from_bf16(to[i]) != from[i];
+    }
+    if (broken) atomic_store(&q->broken, true);
+    if (changed) atomic_store(&q->changed, true);
+}
+
+static void show_packed(Quantizing *q) {
+    if (q->o->quiet || !isatty(STDERR_FILENO) || seconds() - q->shown < 0.2) return;
+    show_status("kl3m: %.0f%% packed and written", 100 * q->done / q->whole);
+    q->shown = seconds();
+}
+
+// A matrix's bytes in the new type.
+static const void *pack(void *arg, const Section *source) {
+    Quantizing *q = arg;
+    if (interrupted) return q->packed;
+    q->source = source;
+    size_t floats = source->size / sizeof(float);
+    parallel((int)((floats + PACKED_AT_ONCE - 1) / PACKED_AT_ONCE), pack_bf16, q);
+    if (atomic_load(&q->broken))
+        die("%s: %s has weights that are not finite in %s; kl3m --verify checks the file",
+            q->m->path, source->name, formats[q->type].name);
+    q->done += (double)source->size;
+    show_packed(q);
+    return q->packed;
+}
+
+static bool is_matrix(const Section *s) {
+    return s->layout == PANELS || strcmp(s->name, "embed_in.weight") == 0;
+}
+
+// A matrix as it will be; its bytes are made when they are asked for.
+static Part packed_part(Quantizing *q, const Section *source) {
+    Part p = { .section = *source, .alignment = SECTION_ALIGNMENT, .make = pack, .arg = q,
+               .source = source };
+    int rows = (int)source->rows, cols = (int)source->cols;
+    if (source->type != TYPE_F32)
+        die("%s has %s weights: only files with f32 weights can be quantized", q->m->path,
+            formats[source->type].name);
+    p.section.type = q->type;
+    p.section.size = (uint64_t)(source->layout == PANELS ? panels_bytes(q->type, rows, cols)
+                                                         : rows * row_bytes(q->type, cols));
+    q->whole += 2 * (double)source->size;
+    return p;
+}
+
+static Type type_named(const char *name) {
+    Type type = TYPE_F32;
+    while (strcmp(formats[type].name, name) != 0) type++;
+    return type;
+}
+
+static void say_quantized(const Quantizing *q, double bytes) {
+    Bytes said = {0};
+    append_text(&said, q->o->out, strlen(q->o->out), IN_A_LINE);
+    append_format(&said, ": the model with %s weights, %.1f MB", formats[q->type].name,
+                  bytes * 1e-6);
+    if (!q->changed)
+        append_string(&said, "; each weight was such a number, so it computes the same bits");
+    append_string(&said, "\n");
+    print(&said);
+}
+
+static int quantize(const Options *o, Model *m, const Kernels *kernels) {
+    (void)kernels;
+    Quantizing q = { .o = o, .m = m, .type = type_named(o->quantize) };
+    Part *parts = allocate(m->n_sections, sizeof *parts);
+    size_t largest = 0;
+    double bytes = 0;
+    for (uint32_t i = 0; i < m->n_sections; i++) {
+        const Section *s = &m->sections[i];
+        parts[i] = is_matrix(s) ? packed_part(&q, s) : part_of(m, s);
+        bytes += (double)parts[i].section.size;
+        if (parts[i].source && parts[i].section.size > largest) largest = parts[i].section.size;
+    }
+    q.packed = allocate_huge(largest);
+    Output out = output_open(o->out);
+    check_room(o, bytes + (double)HUGE_PAGE, &out);
+    for (Part *p = parts; p < parts + m->n_sections && !interrupted; p++)
+        if (p->source) p->section.crc = crc32_of(0, pack(&q, p->source), p->section.size);
+    if (!interrupted) write_sections(&out.writer, parts, m->n_sections);
+    if (q.shown > 0) show_status("%s", "");
+    output_close(&out, !interrupted);
+    if (!interrupted && !o->quiet) say_quantized(&q, bytes);
+    free(q.packed);
+    free(parts);
     return interrupted;
 }
 
@@ -5624,8 +5790,13 @@ static const Option option_table[] = {
       .command = learn_guesses, .passes = true, .needs = "out",
       .excludes = "prompt null json jsonl stop num-return-sequences no-speculation",
       .why = "it samples a text of each of its own beginnings, and learns from -f FILE" },
-    { 'o', "out", "FILE", TEXT, &options.out, .help = "with --learn: the file it writes",
-      .needs = "learn" },
+    { 0, "quantize", "bf16", CHOICE, &options.quantize,
+      .help = "write the model with smaller weights (-o)",
+      .command = quantize, .passes = true, .needs = "out",
+      .excludes = "prompt file null json jsonl",
+      .why = "it reads the model and nothing else" },
+    { 'o', "out", "FILE", TEXT, &options.out, .help = "the file that these two write",
+      .needs = "learn quantize" },
     { 0, "tokens", "N", WHOLE, &options.tokens, .help = "with --learn: sample N tokens (40000)",
       .least = 1, .most = 0x1p40, .needs = "learn" },
     { 'q', "quiet", NULL, FLAG, &options.quiet, .help = "errors only on standard error" },

@@ -148,7 +148,8 @@ def one_place_each():
         (r"\b(?:getenv|secure_getenv)\s*\(", {"Options"}),
         (r"\b_mm\w*|\bvfma\w*|__builtin_(?:ia32|neon)\w*|\bv(?:ld1|st1|dup|add|mul)q?_\w+",
          {"Lanes"}),
-        (r"\bparallel\s*\(", {"Threads", "Linear layers", "Attention", "Forward", "Scheduling"}),
+        (r"\bparallel\s*\(", {"Threads", "Linear layers", "Attention", "Forward", "Scheduling",
+                                "Commands"}),
     ]
     for pattern, allowed in rules:
         where = {name for name, code in rooms().items() if re.search(pattern, code)}

@@ -1,0 +1,206 @@
+"""Weights of other types: what --quantize writes, and one arithmetic within each type."""
+import shutil
+import signal
+import struct
+import subprocess
+import time
+import zlib
+from array import array
+
+from harness import (KL3M, expect, export, once, run_kl3m, small_directory, small_model, test,
+                     tiny_model, tmpdir)
+from test_cli import File
+from test_forward import KINDS, LONG, LONG_TEXT, TEXT, generate_one, logits
+
+TYPES = {"bf16": 2}
+
+
+def quantized(kind, source, *args):
+    """The model that --quantize writes, and what it says."""
+    out = tmpdir() / (kind + ".bin")
+    done = run_kl3m("-m", source, "--quantize", kind, "-o", out, *args)
+    expect((done.code, done.err), (0, ""))
+    return out, done.text
+
+
+def sections(path):
+    """{name: (type, rows, columns, layout, bytes)}, checksums checked."""
+    data, found = path.read_bytes(), {}
+    count = struct.unpack_from("<I", data, 12)[0]
+    for at in range(64, 64 + 96 * count, 96):
+        name = data[at:at + 56].split(b"\0")[0].decode()
+        kind, crc, offset, size, height, width, layout = struct.unpack_from("<IIQQIII", data,
+                                                                            at + 56)
+        expect(zlib.crc32(data[offset:offset + size]), crc, name)
+        found[name] = kind, height, width, layout, data[offset:offset + size]
+    return found
+
+
+def is_matrix(name):
+    return name.endswith(".weight") and "norm" not in name
+
+
+def nearest_bf16(bits):
+    """The upper half of a float's bits, rounded to nearest, ties to even, in integers."""
+    low, high = bits & 0xFFFF, bits >> 16
+    return high + (low > 0x8000 or (low == 0x8000 and high & 1))
+
+
+@test("--quantize bf16 rounds each matrix to nearest even where it lies, and copies all else")
+def bf16_file():
+    for options in ({}, {"n_kv": 2}, dict(LONG)):
+        source = small_model(**options)
+        made, said = quantized("bf16", source)
+        assert said.startswith(str(made) + ": the model with bf16 weights, "), said
+        assert "same bits" not in said
+        before, after = sections(source), sections(made)
+        expect(list(after), list(before))
+        for name, (kind, height, width, layout, data) in before.items():
+            if not is_matrix(name):
+                expect(after[name], before[name], name)
+                continue
+            want = array("H", map(nearest_bf16, array("I", data))).tobytes()
+            expect(after[name], (2, height, width, layout, want), name)
+        assert ", bf16 weights," in run_kl3m("-m", made, "--info").text
+        expect(run_kl3m("-m", made, "--verify").code, 0)
+
+
+@test("a bf16 file computes what the f32 file of the rounded weights does, bit for bit; where the weights were such numbers it says so")
+def bf16_bits():
+    for options in ({}, {"n_kv": 2, "use_parallel_residual": False}, dict(LONG)):
+        rounded = small_model(dtype="BF16", **options)
+        made, said = quantized("bf16", rounded)
+        assert said.endswith(
+            "; each weight was such a number, so it computes the same bits\n"), said
+        text = LONG_TEXT[:150]
+        expect(logits(made, text), logits(rounded, text), options)
+        args = ["-s", 3, "-n", 40, "-t", 0.8, "--json", "-r", 2, "--no-escape"]
+        for prompt in (text.encode().replace(b"\n", b" "), b""):
+            expect(run_kl3m("-m", made, *args, input=prompt + b"\n").out,
+                   run_kl3m("-m", rounded, *args, input=prompt + b"\n").out)
+        score = ["--score", "--json", "--logprobs", 1, "--no-escape"]
+        expect(run_kl3m("-m", made, *score, "-p", text).out,
+               run_kl3m("-m", rounded, *score, "-p", text).out)
+    made, said = quantized("bf16", tiny_model())
+    assert "same bits" in said, said
+    args = ["-p", "Governing Law.\\n", "-n", 60, "-s", 1]
+    expect(run_kl3m("-m", made, *args).out, run_kl3m("-m", tiny_model(), *args).out)
+
+
+def quantized_model(kind, **options):
+    """One file for all tests: do not change it."""
+    name = "%s-%s.bin" % (kind, zlib.crc32(repr(sorted(options.items())).encode()))
+    return once(name, lambda path: shutil.copy(quantized(kind, small_model(**options))[0], path))
+
+
+@test("within each type the bytes are the same on every kind of CPU, for any threads, rows, batch and guesses")
+def one_arithmetic():
+    for kind in TYPES:
+        for options in (LONG, {"hidden_size": 160, "num_attention_heads": 2, "n_kv": 1,
+                               "intermediate_size": 300, "num_hidden_layers": 1}):
+            model = quantized_model(kind, **options)
+            text = LONG_TEXT[:260] if "max_position_embeddings" in options else TEXT[:100]
+            want = logits(model, text)
+            for isa in KINDS:
+                if generate_one(isa).code == 0:
+                    expect(logits(model, text, env={"KL3M_ISA": isa}), want, (kind, isa))
+            for more in (["-j", 1], ["-j", 5], ["--rows", 1], ["--rows", 7], ["--rows", 13],
+                         ["--rows", 100]):
+                expect(logits(model, text, *more), want, (kind, more))
+        model = quantized_model(kind, **LONG)
+        prompts = "".join(TEXT[i * 20:i * 20 + 60].replace("\n", " ") + "\n"
+                          for i in range(30)).encode()
+        args = ["-m", model, "-s", 5, "-n", 20, "-t", 0.7]
+        want = run_kl3m(*args, input=prompts).out
+        for more in (["-b", 1], ["-b", 30, "-j", 3], ["--no-speculation"], ["--rows", 9]):
+            expect(run_kl3m(*args, *more, input=prompts).out, want, (kind, more))
+
+
+@test("a file that is quantized already is refused by its type, and so are weights that are not finite in the new one")
+def refused():
+    made = quantized_model("bf16")
+    for kind in TYPES:
+        done = run_kl3m("-m", made, "--quantize", kind, "-o", tmpdir() / "again.bin")
+        expect((done.code, done.out), (1, b""))
+        assert "bf16 weights: only files with f32 weights" in done.err, done.err
+        for bits in (0x7F800000, 0x7FC00001, 0xFF7FFFFF):
+            if kind == "q8" and bits == 0xFF7FFFFF:
+                continue
+            data = bytearray(small_model().read_bytes())
+            at = section_offset(data, "layers.1.mlp.dense_4h_to_h.weight")
+            struct.pack_into("<I", data, at + 400, bits)
+            spoilt, out = tmpdir() / "spoilt.bin", tmpdir() / "out.bin"
+            spoilt.write_bytes(data)
+            done = run_kl3m("-m", spoilt, "--quantize", kind, "-o", out)
+            expect((done.code, done.out, out.exists(), list(out.parent.iterdir())),
+                   (1, b"", False, []))
+            assert "layers.1.mlp.dense_4h_to_h.weight" in done.err and "finite" in done.err
+
+
+def section_offset(data, wanted):
+    for at in range(64, 64 + 96 * struct.unpack_from("<I", data, 12)[0], 96):
+        if data[at:at + 56].split(b"\0")[0].decode() == wanted:
+            return struct.unpack_from("<Q", data, at + 64)[0]
+    raise AssertionError(wanted)
+
+
+@test("--quantize wants -o and takes no prompt; what it writes may be the model itself, and --learn goes on from it")
+def command_line():
+    for args, named in (([], "--out"), (["-o", "x", "-p", "a"], "--prompt"),
+                        (["-o", "x", "--json"], "--json"), (["-o", "x", "--learn"], "--learn")):
+        done = run_kl3m("-m", small_model(), "--quantize", "bf16", *args)
+        assert done.code == 2 and named in done.err, done.err
+    done = run_kl3m("-m", small_model(), "--quantize", "q9", "-o", "x")
+    assert done.code == 2 and "bf16" in done.err, done.err
+    for kind in TYPES:
+        own = tmpdir() / "own.bin"
+        shutil.copy(tiny_model(), own)
+        expect(run_kl3m("-m", own, "--quantize", kind, "-o", own, "-q").out, b"")
+        text = run_kl3m("-m", own, "-p", "This Agreement", "-s", 1, "-n", 20).out
+        done = run_kl3m("-m", own, "--learn", "-o", own, "--tokens", 200, "-s", 1)
+        expect(done.code, 0, done.err)
+        expect(run_kl3m("-m", own, "-p", "This Agreement", "-s", 1, "-n", 20).out, text)
+        info = run_kl3m("-m", own, "--info").text
+        assert ", %s weights," % kind in info and "a table" in info, info
+        again = tmpdir() / "learnt.bin"      # the other way round: the table is copied
+        run_kl3m("-m", tiny_model(), "--learn", "-o", again, "--tokens", 200, "-s", 1)
+        both, _ = quantized(kind, again)
+        expect(sections(both)["guesses"], sections(again)["guesses"])
+
+
+@test("a full disk or a signal leaves nothing half-written by --quantize")
+def nothing_half_written():
+    folder = tmpdir()
+    done = run_kl3m("-m", small_model(), "--quantize", "bf16", "-o", "/dev/full")
+    assert done.code == 1 and "No space left" in done.err, done.err
+    large = once("large-for-signals.bin", lambda path: export(
+        small_directory(hidden_size=512, num_attention_heads=8, vocab_size=8000,
+                        intermediate_size=1024), path))
+    for delay in (0.0, 0.02, 0.05, 0.1):
+        child = subprocess.Popen([KL3M, "-m", str(large), "--quantize", "bf16", "-q", "-o",
+                                  str(folder / "out.bin")], stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        child.send_signal(signal.SIGTERM)
+        code = child.wait()
+        left = [path.name for path in folder.iterdir()]
+        assert (code, left) in ((143, []), (-15, []), (0, ["out.bin"])), (code, left)
+        for path in folder.iterdir():
+            expect(run_kl3m("-m", path, "--verify").code, 0)
+            path.unlink()
+
+
+@test("a file whose type of weights is wrong for its size or unknown is refused")
+def wrong_types():
+    for kind in TYPES:
+        made = quantized_model(kind)
+        for name in ("embed_in.weight", "layers.0.attention.dense.weight", "embed_out.weight"):
+            for wrong in (0, 1, 2, 3, 4, 77, 2 ** 32 - 1):
+                file = File()
+                file.data = bytearray(made.read_bytes())
+                entry = next(at for at in range(64, len(file.data), 96)
+                             if file.data[at:at + 56].split(b"\0")[0].decode() == name)
+                if wrong == struct.unpack_from("<I", file.data, entry + 56)[0]:
+                    continue
+                done = file.put("I", entry + 56, wrong).sign().run()
+                expect(done.code, 1, (kind, name, wrong))
+                assert name in done.err, done.err

@@ -4552,7 +4552,8 @@ static Request *new_request(Model *m, const PromptRules *rules, const Settings *
 // scored in the window that reaches it first (transformers' guide, "Perplexity of fixed-length
 // models").
 static void find_windows(Request *r, Model *m, const PromptRules *rules) {
-    long context = m->c.context, stride = rules->stride ? rules->stride : context / 2;
+    long context = m->c.context, half = context > 1 ? context / 2 : 1;
+    long stride = rules->stride ? rules->stride : half;
     r->windows = true;
     r->ids = allocate(r->prompt_size + 1, sizeof *r->ids);
     size_t count = encode(m, rules->no_special, r->prompt, r->prompt_size, r->ids);

@@ -81,6 +81,10 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#ifdef __linux__
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #endif
 
 // The Makefile takes back what these macros do not tell (clang's -fassociative-math, say).
@@ -107,6 +111,9 @@ enum {
     SUM_BLOCK = 256,            // inputs of a chain (rule 1)
     LINE_BYTES = 64,            // of a cache line
     HUGE_PAGE = 2 << 20,        // bytes
+    QUANT_GROUP = 64,           // inputs that share a scale in q8 weights
+    MOST_HEAD_SIZE = 4096,
+    MOST_QUANT = 16383,         // of the integers that q8 weights are multiplied with
 };
 
 // ---- 1. Ground ----
@@ -798,7 +805,7 @@ static char *json_found(const Json *j) {
 enum { OLDEST_VERSION = 1, FORMAT_VERSION = 2, ROW_MAJOR = 0, PANELS = 1, MOST_ENDS = 8 };
 
 // Types of sections, as in the file: bytes of any meaning, then what weights may be.
-typedef enum { TYPE_BYTES, TYPE_F32, TYPE_BF16, TYPES } Type;
+typedef enum { TYPE_BYTES, TYPE_F32, TYPE_BF16, TYPE_Q8, TYPES } Type;
 
 // How a matrix lies: pairs of panels, PAIR outputs each; in a pair its inputs in their order, some
 // of them a unit. The two panels are streams of their own, or stand in each unit side by side:
@@ -812,17 +819,31 @@ typedef struct {
 } Format;
 
 // A further type of weights is a row here, a case in room 5's `weights_at`, which widens it, and a
-// kernel stamped from `product` with it; where --quantize writes it, a function that packs. A type
-// that is multiplied as integers also has scales, which lie in a section of their own, and tiles of
-// integers as a Factor: a norm quantizes the rows that it writes, what attention and the MLP write
-// is quantized in a step before the layer that reads it, when a row's largest is known; each row's
-// scale stands beside its tile and is multiplied in by the product, term by term.
+// kernel stamped from `product` with it, or one of its own; where --quantize writes it, a function
+// that packs, and for the table of embeddings a case in room 10's load_weights.
 static const Format formats[TYPES] = {
     [TYPE_F32] = { "f32", .unit_inputs = 1, .unit_bytes = PAIR * sizeof(float), .streams = 2 },
     // The upper half of an f32, widened when it is read: all arithmetic is that of f32.
     [TYPE_BF16] = { "bf16", .unit_inputs = 1, .unit_bytes = PAIR * sizeof(uint16_t),
                     .streams = 2 },
+    // A group of inputs: bytes, which are the weight over its scale, to the nearest whole number,
+    // plus 128, as [inputs / 4][PAIR][4], of four inputs the first, third, second, fourth; then
+    // each output's scale, bf16. It is multiplied with rows of integers (QuantGroup). Of a table's
+    // row, a group's bytes in their order and its one scale.
+    [TYPE_Q8] = { "q8", .unit_inputs = QUANT_GROUP, .streams = 1,
+                  .unit_bytes = PAIR * (QUANT_GROUP + (int)sizeof(uint16_t)) },
 };
+
+// What q8 weights are multiplied with: QUANT_GROUP inputs of the rows of a tile. x is a row's
+// number over its scale, to the nearest whole number from -MOST_QUANT to MOST_QUANT (15 bits); on
+// kinds of CPU with PLANES, of four inputs first the high bytes, then the low ones, as weights lie.
+typedef struct {
+    int16_t x[TILE][QUANT_GROUP];
+    int32_t start[TILE];       // what a sum begins with: -128 times the row's sum of x, or 0
+    float scale[TILE];         // the row's
+    int32_t zero[8];           // so that the next begins a cache line
+} QuantGroup;
+_Static_assert(sizeof(QuantGroup) % LINE_BYTES == 0, "groups begin cache lines");
 
 // One matrix [outputs][inputs] of weights; keys and values of a page are such too.
 typedef struct {
@@ -896,13 +917,16 @@ typedef struct {
     Layer *layers;             // [layers]
     const float *norm, *norm_bias;     // [hidden]
     Matrix embed_out;          // [vocab][hidden] in panels
-    Type kv_type;              // of keys and values
+    bool quantized;            // some matrices are q8
+    Type kv_type;              // of keys and values: bf16 if so, else f32
 } Model;
 
 // The file that is mapped, as it was then: for room 19, which tells why a fault happened.
 static struct { int fd; const char *start; struct stat as_opened; } mapped_file = { .fd = -1 };
 
 static int padded(int n) { return (n + PAIR - 1) / PAIR * PAIR; }
+
+static int groups_of(int inputs) { return (inputs + QUANT_GROUP - 1) / QUANT_GROUP; }
 
 // Bytes of a pair of panels with so many inputs.
 static long pair_bytes(Type type, int inputs) {
@@ -923,6 +947,11 @@ static long panels_bytes(Type type, int outputs, int inputs) {
 // From one unit of inputs to the next, in a stream.
 static int step_bytes(Type type) { return formats[type].unit_bytes / formats[type].streams; }
 
+// Of one input, rounded up: for what is fetched ahead.
+static int pace_of(Type type) {
+    return (step_bytes(type) + formats[type].unit_inputs - 1) / formats[type].unit_inputs;
+}
+
 // How far behind a stream's beginning an input lies.
 static long input_bytes(Type type, int input) {
     return (long)(input / formats[type].unit_inputs) * step_bytes(type);
@@ -930,7 +959,8 @@ static long input_bytes(Type type, int input) {
 
 // Bytes of a row of a row-major table.
 static long row_bytes(Type type, int columns) {
-    return (long)columns * formats[type].unit_bytes / formats[type].unit_inputs / PAIR;
+    const Format *f = &formats[type];
+    return (long)((columns + f->unit_inputs - 1) / f->unit_inputs) * f->unit_bytes / PAIR;
 }
 
 // The upper half of a float's bits, rounded to nearest, ties to even. A finite number may become
@@ -1019,7 +1049,7 @@ typedef struct {
 } Tensor;
 
 // The place of a tensor is found and checked to be as the program expects it.
-static void find_tensor(const Model *m, const char *name, const Tensor *t, uint32_t *at) {
+static void find_tensor(Model *m, const char *name, const Tensor *t, uint32_t *at) {
     const Section *s = find_section_from(m, name, at);
     if (s == NULL) die_missing(m, name);
     // Vectors are f32, matrices what they say, if the program knows it.
@@ -1037,6 +1067,7 @@ static void find_tensor(const Model *m, const char *name, const Tensor *t, uint3
     const void *place = m->map + s->offset;
     if (t->vector) *t->vector = place;
     else *t->matrix = (Matrix){ place, type, t->rows, t->cols };
+    m->quantized |= type == TYPE_Q8;
 }
 
 static void find_tensors(Model *m) {
@@ -1089,7 +1120,7 @@ static void read_config(Model *m) {
         { "layers", f.layers, 1, 1 << 12 },
         { "heads", f.heads, 1, 1 << 12 },
         { "kv_heads", f.kv_heads, 1, f.heads },
-        { "head_size", f.head_size, 1, 1 << 12 },
+        { "head_size", f.head_size, 1, MOST_HEAD_SIZE },
         { "rotary_dims", f.rotary_dims, 0, f.head_size },
         { "intermediate", f.intermediate, 1, 1 << 18 },
         { "vocab", f.vocab, 1, 1 << 22 },
@@ -1217,6 +1248,7 @@ static Model model_open(const char *path) {
     m.about = (const char *)m.map + about->offset;
     m.about_size = about->size;
     find_tensors(&m);
+    if (m.quantized) m.kv_type = TYPE_BF16;
     return m;
 }
 
@@ -1270,7 +1302,8 @@ static void write_sections(Writer *out, Part *parts, uint32_t n) {
 
 // ---- 4. Lanes ----
 // What differs between kinds of CPU, and all of it: a vector's width, how many rows of sums fit in
-// the registers (ROWS x VECTORS accumulators), the fused multiply-add and the splat. Room 5 is
+// the registers (ROWS x VECTORS accumulators), the fused multiply-add, the splat, and HALVES, which
+// widens numbers of 16 bits (gcc 12 needs five instructions for one, left to itself). Room 5 is
 // compiled once for each kind by including this file again with these set (an editor may grey it
 // out). Compiler vectors do the rest. Which kind runs is decided when the program starts; no kind
 // gives other bits, only other speeds. A new kind of CPU is a block here and a line in
@@ -1285,8 +1318,9 @@ typedef struct { const char *at; long stride, next; int n; } Panels;
 // step, of one input, `pace` bytes of each; 0: nothing is.
 typedef struct { const char *at; long stride, next, pace; } Ahead;
 
-// Rows of a tile, of which so many inputs are multiplied, from a block's first on.
-typedef struct { const float *at; int rows, inputs; } Factor;
+// Rows of a tile, of which so many inputs are multiplied, from a block's first on: floats, or for
+// q8 weights QuantGroups, from a group's first on.
+typedef struct { const void *at; int rows, inputs; } Factor;
 
 // Where the sums go, and what becomes of those that are there: nothing; the blocks' are added to
 // them; or they are what the first chain goes on from.
@@ -1317,10 +1351,12 @@ typedef struct {
     Product *product[TYPES];
     void (*finish)(int rows, const float *c, const Finish *f);
     void (*layer_norm)(Norm norm, int rows, const float *x, float *y);
+    void (*quantize)(int rows, int columns, const float *x, QuantGroup *groups);
     float (*softmax)(int keys, float *scores);
     void (*scale_columns)(int n, float factor, Columns from, Columns to);
     bool (*all_finite)(int n, const float *x);
     void (*maxima)(int n, const float *x, float *most);
+    void (*to_halves)(int n, const float *x, uint16_t *y);
     void (*exp_sums)(int n, float largest, const float *x, float *sums);
     const char *(*miscompiled)(void);
 } Kernels;
@@ -1329,6 +1365,7 @@ typedef struct {
 // loop over it is unrolled early enough, which neither promises (measured: clang 14 ran three
 // times slower).
 #define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define EACH_QUANT_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
 #define EACH_COUNT(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12)
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -1336,15 +1373,44 @@ typedef struct {
 // Into the second-level cache: the first is full of what is in use.
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 
+// Besides, for q8: how many rows and vectors of sums of integers fit in the registers (QROWS x
+// QVECTORS), and DOT(sum, w, x), which adds to each lane of 32 bits its two products of 16 bits.
+// A lane of weights has four bytes, one for each input of a step: the even ones are those of its
+// first two inputs, as numbers of 16 bits. Where PLANES is 1, DOT adds four products of 8 bits
+// instead: x = 128 * high + low, two planes of bytes, and the sum of the first is shifted before
+// the second's is added.
+#define EVEN_BYTES(w) ((w) & 0x00FF00FF)
+#define ODD_BYTES(w) ((ivec)((uvec)(w) >> 8) & 0x00FF00FF)
+
 #if defined(__x86_64__)
 #define RELAX() _mm_pause()   // tells the core that a loop only waits
-#define KIND avx512
-#define TARGET __attribute__((target("avx512f,fma")))
+#define KIND avx512vnni
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vnni,fma")))
 #define LANES 16
 #define ROWS 12
 #define PANELS_AT_ONCE 2
 #define FMA(a, b, c) (vec)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
 #define SPLAT(x) (vec)_mm512_set1_ps(x)
+#define HALVES(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256(p))
+#define QROWS 6
+#define QVECTORS 2
+#define PLANES 0
+#define DOT(sum, w, x) (ivec)_mm512_dpwssd_epi32((__m512i)(sum), (__m512i)(w), (__m512i)(x))
+#include "kl3m.c"
+#undef KIND
+
+#define KIND avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,fma")))
+#define LANES 16
+#define ROWS 12
+#define PANELS_AT_ONCE 2
+#define FMA(a, b, c) (vec)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
+#define SPLAT(x) (vec)_mm512_set1_ps(x)
+#define HALVES(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256(p))
+#define QROWS 6
+#define QVECTORS 2
+#define PLANES 0
+#define DOT(sum, w, x) ((sum) + (ivec)_mm512_madd_epi16((__m512i)(w), (__m512i)(x)))
 #include "kl3m.c"
 #undef KIND
 
@@ -1355,11 +1421,31 @@ typedef struct {
 #define PANELS_AT_ONCE 1
 #define FMA(a, b, c) (vec)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
 #define SPLAT(x) (vec)_mm256_set1_ps(x)
+#define HALVES(p) _mm256_cvtepu16_epi32(_mm_loadu_si128(p))
+#define QROWS 2
+#define QVECTORS 4
+#define PLANES 0
+#define DOT(sum, w, x) ((sum) + (ivec)_mm256_madd_epi16((__m256i)(w), (__m256i)(x)))
 #include "kl3m.c"
 #undef KIND
 
 #elif defined(__aarch64__)
 #define RELAX() __asm__ volatile("yield")
+#define KIND neondot
+#define TARGET __attribute__((target("+dotprod")))
+#define LANES 4
+#define ROWS 6
+#define PANELS_AT_ONCE 1
+#define FMA(a, b, c) (vec)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b))
+#define SPLAT(x) (vec)vdupq_n_f32(x)
+#define HALVES(p) vmovl_u16(vld1_u16(p))
+#define QROWS 2
+#define QVECTORS 4
+#define PLANES 1
+#define DOT(sum, w, x) (ivec)vdotq_s32((int32x4_t)(sum), (int8x16_t)(w), (int8x16_t)(x))
+#include "kl3m.c"
+#undef KIND
+
 #define KIND neon
 #define TARGET
 #define LANES 4
@@ -1367,6 +1453,12 @@ typedef struct {
 #define PANELS_AT_ONCE 1
 #define FMA(a, b, c) (vec)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b))
 #define SPLAT(x) (vec)vdupq_n_f32(x)
+#define HALVES(p) vmovl_u16(vld1_u16(p))
+#define QROWS 2
+#define QVECTORS 4
+#define PLANES 0
+#define DOT(sum, w, x) ((sum) + ((w) & 0xFFFF) * ((ivec)((uvec)(x) << 16) >> 16) + \
+                        ((w) >> 16) * ((x) >> 16))
 #include "kl3m.c"
 #undef KIND
 #else
@@ -1382,6 +1474,12 @@ typedef struct {
 #define FMA(a, b, c) (vec){ fmaf((a)[0], (b)[0], (c)[0]), fmaf((a)[1], (b)[1], (c)[1]), \
                             fmaf((a)[2], (b)[2], (c)[2]), fmaf((a)[3], (b)[3], (c)[3]) }
 #define SPLAT(x) (vec){ x, x, x, x }
+#define HALVES(p) __builtin_convertvector(*(const NAME(halves) *)(p), uvec)
+#define QROWS 2
+#define QVECTORS 4
+#define PLANES 0
+#define DOT(sum, w, x) ((sum) + ((w) & 0xFFFF) * ((ivec)((uvec)(x) << 16) >> 16) + \
+                        ((w) >> 16) * ((x) >> 16))
 #include "kl3m.c"
 #undef KIND
 
@@ -1398,13 +1496,28 @@ static void keep_denormals(void) {
 #endif
 }
 
+#if defined(__aarch64__)
+static bool has_dotprod(void) {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return true;                               // each CPU of Apple's that runs macOS
+#endif
+}
+#endif
+
 // The kernels of this name, or with NULL the fastest that this CPU runs; NULL if it has none such.
 static const Kernels *choose_kernels(const char *name) {
+#if defined(__x86_64__)
+    bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
+#endif
     struct { const Kernels *kernels; bool here; } kinds[] = {
 #if defined(__x86_64__)
-        { &kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma") },
+        { &kernels_avx512vnni, wide && __builtin_cpu_supports("avx512vnni") },
+        { &kernels_avx512, wide },
         { &kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") },
 #elif defined(__aarch64__)
+        { &kernels_neondot, has_dotprod() },
         { &kernels_neon, true },
 #endif
         { &kernels_portable, true },
@@ -1428,10 +1541,13 @@ static const Kernels *choose_kernels(const char *name) {
 #define VECTORS (PER_BLOCK * PANELS_AT_ONCE)   // of outputs that `product_rows` computes: 2 or 4
 #define INLINE static inline __attribute__((always_inline)) TARGET
 typedef float NAME(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES)));
+typedef int32_t NAME(ivec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t NAME(uvec) __attribute__((vector_size(4 * LANES)));
+typedef int32_t NAME(pair) __attribute__((may_alias));     // of numbers of 16 bits
 typedef uint16_t NAME(halves) __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 #define vec NAME(vec)
 #define ivec NAME(ivec)
+#define uvec NAME(uvec)
 #define LOAD(p) (*(const vec *)(const void *)(p))
 #define STORE(p, v) (*(vec *)(p) = (v))
 #define SELECT(mask, yes, no) (vec)(((mask) & (ivec)(yes)) | (~(mask) & (ivec)(no)))
@@ -1442,7 +1558,7 @@ INLINE vec NAME(weights_at)(const Type type, const char *w, long stride, const i
     const char *panel = w + v / PER_BLOCK * stride;
     if (type == TYPE_F32) return LOAD(panel + v % PER_BLOCK * LANES * (int)sizeof(float));
     const void *at = panel + v % PER_BLOCK * LANES * (int)sizeof(uint16_t);
-    return (vec)(__builtin_convertvector(*(const NAME(halves) *)at, ivec) << 16);
+    return (vec)((ivec)HALVES(at) << 16);
 }
 
 // The place of vector v of row r among the sums.
@@ -1461,7 +1577,7 @@ INLINE vec NAME(weights_at)(const Type type, const char *w, long stride, const i
     }
 #define STEP(r) \
     if (r < R) { \
-        vec x = SPLAT(a.at[r * BLOCK + i]); \
+        vec x = SPLAT(in[r * BLOCK + i]); \
         s##r = FMA(x, w0, s##r), t##r = FMA(x, w1, t##r); \
         if (VECTORS > 2) u##r = FMA(x, w2, u##r), v##r = FMA(x, w3, v##r); \
     }
@@ -1484,11 +1600,12 @@ typedef struct { const char *at[4]; long pace; } NAME(Lines);
 INLINE void NAME(product_rows)(const Type type, const int R, Factor a, Panels w, NAME(Lines) due,
                                Sums c) {
     const int step = step_bytes(type);
+    const float *in = a.at;
     const char *first = due.at[0], *second = due.at[1];
     for (int done = 0; done < a.inputs; c.before = ADD) {
         int end = a.inputs - done < SUM_BLOCK ? a.inputs : done + SUM_BLOCK;
         EACH_ROW(START)
-        for (; done < end; done += BLOCK, a.at += BLOCK_FLOATS) {
+        for (; done < end; done += BLOCK, in += BLOCK_FLOATS) {
             int n = end - done < BLOCK ? end - done : BLOCK;
             for (int i = 0; i < n; i++, w.at += step, first += due.pace, second += due.pace) {
                 vec w0 = NAME(weights_at)(type, w.at, w.stride, 0), w2 = w0;
@@ -1510,6 +1627,7 @@ INLINE void NAME(product_rows)(const Type type, const int R, Factor a, Panels w,
 INLINE void NAME(product_row)(const Type type, const bool fetch, Factor a, const char *const w[4],
                               NAME(Lines) due, Sums c) {
     const int step = step_bytes(type);
+    const float *in = a.at;
     long at = 0, line = 0;
     for (int done = 0; done < a.inputs; c.before = ADD) {
         int end = a.inputs - done < SUM_BLOCK ? a.inputs : done + SUM_BLOCK;
@@ -1518,10 +1636,10 @@ INLINE void NAME(product_row)(const Type type, const bool fetch, Factor a, const
             s0 = LOAD(OUT(0, 0)), s1 = LOAD(OUT(1, 0));
             s2 = LOAD(OUT(2, 0)), s3 = LOAD(OUT(3, 0));
         }
-        for (; done < end; done += BLOCK, a.at += BLOCK_FLOATS) {
+        for (; done < end; done += BLOCK, in += BLOCK_FLOATS) {
             int n = end - done < BLOCK ? end - done : BLOCK;
             for (int i = 0; i < n; i++, at += step, line += due.pace) {
-                vec x = SPLAT(a.at[i]);
+                vec x = SPLAT(in[i]);
                 if (fetch)
                     for (int panel = 0; panel < 4; panel++) PREFETCH(due.at[panel] + line);
                 s0 = FMA(x, NAME(weights_at)(type, w[0] + at, 0, 0), s0);
@@ -1549,7 +1667,7 @@ INLINE void NAME(product_pair)(const Type type, Factor a, Panels w, Ahead ahead,
             int r = part * ROWS;
             long behind = part * a.inputs * pace;
             NAME(Lines) lines = { { due + behind, due + ahead.stride + behind }, pace };
-            Factor from = { a.at + r * BLOCK, a.rows - r, a.inputs };
+            Factor from = { (const float *)a.at + r * BLOCK, a.rows - r, a.inputs };
             Sums to = { c.at + panel * BLOCK_FLOATS + r * BLOCK, c.before };
             switch (from.rows < ROWS ? from.rows : ROWS) {
 #define CASE(n) \
@@ -1592,6 +1710,187 @@ void NAME(product_f32)(Factor a, const Panels *w, const Ahead *ahead, Sums c) {
 static TARGET __attribute__((noinline))
 void NAME(product_bf16)(Factor a, const Panels *w, const Ahead *ahead, Sums c) {
     NAME(product)(TYPE_BF16, a, *w, *ahead, c);
+}
+
+// The same of q8 weights and QuantGroups. A group's sums are exact integers; they become floats,
+// times the outputs' scales, added in the groups' order; the row's scale comes last. Row r has
+// QVECTORS sums of integers, two of each kind where there are registers, so that a sum need not
+// wait for the one before it.
+#define QUANT_TWICE (R * QVECTORS <= 4 || PLANES)
+#define QUANT_BEGIN(r) vec f##r = {0}, g##r = {0}, h##r = {0}, k##r = {0};
+#define QUANT_START(r) \
+    ivec s##r = {0}, t##r = {0}, u##r = {0}, v##r = {0}, z##r = {0}; \
+    ivec S##r = {0}, T##r = {0}, U##r = {0}, V##r = {0}; \
+    if (r < R) s##r = t##r = u##r = v##r = z##r + in->start[first + r];
+#define QUANT_EVEN(r) \
+    if (r < R) { \
+        ivec x = z##r + ((const NAME(pair) *)(const void *)in->x[first + r])[2 * step]; \
+        s##r = DOT(s##r, w0, x), t##r = DOT(t##r, w1, x); \
+        if (QVECTORS > 2) u##r = DOT(u##r, w2, x), v##r = DOT(v##r, w3, x); \
+    }
+#define QUANT_ODD(r) \
+    if (r < R) { \
+        ivec x = z##r + ((const NAME(pair) *)(const void *)in->x[first + r])[2 * step + 1]; \
+        if (QUANT_TWICE) { \
+            S##r = DOT(S##r, w0, x), T##r = DOT(T##r, w1, x); \
+            if (QVECTORS > 2) U##r = DOT(U##r, w2, x), V##r = DOT(V##r, w3, x); \
+        } else { \
+            s##r = DOT(s##r, w0, x), t##r = DOT(t##r, w1, x); \
+            if (QVECTORS > 2) u##r = DOT(u##r, w2, x), v##r = DOT(v##r, w3, x); \
+        } \
+    }
+#define QUANT_SUM(s, S) __builtin_convertvector(PLANES ? ((s) << 7) + (S) : (s) + (S), vec)
+#define QUANT_FINISH(r) \
+    if (r < R) { \
+        f##r = FMA(QUANT_SUM(s##r, S##r), e0, f##r), g##r = FMA(QUANT_SUM(t##r, T##r), e1, g##r); \
+        if (QVECTORS > 2) { \
+            h##r = FMA(QUANT_SUM(u##r, U##r), e2, h##r); \
+            k##r = FMA(QUANT_SUM(v##r, V##r), e3, k##r); \
+        } \
+    }
+#define QUANT_PUT(r, sum, vector) \
+    if (c.before == ADD) sum = FMA(sum, scale, LOAD(QUANT_OUT(r, vector))); \
+    else sum *= scale; \
+    STORE(QUANT_OUT(r, vector), sum);
+#define QUANT_END(r) \
+    if (r < R) { \
+        vec scale = SPLAT(groups->scale[first + r]); \
+        QUANT_PUT(r, f##r, 0) QUANT_PUT(r, g##r, 1) \
+        if (QVECTORS > 2) { QUANT_PUT(r, h##r, 2) QUANT_PUT(r, k##r, 3) } \
+    }
+// Vector v of what a walk computes of row r, whose first output is `output` of the pair's.
+#define QUANT_OUT(r, v) (c.at + (output + (v) * LANES) / BLOCK * BLOCK_FLOATS + \
+                         (first + (r)) * BLOCK + (output + (v) * LANES) % BLOCK)
+
+// A step's weights of vector v: the first two inputs', or (odd) the others'; with PLANES all.
+INLINE ivec NAME(quant_weights)(const char *w, const int v, const bool odd) {
+    ivec bytes = *(const ivec *)(const void *)(w + v * 4 * LANES);
+    if (PLANES) return bytes ^ (int32_t)0x80808080;
+    return odd ? ODD_BYTES(bytes) : EVEN_BYTES(bytes);
+}
+
+INLINE vec NAME(quant_scales)(const char *w, const int v) {
+    return NAME(weights_at)(TYPE_BF16, w + v * 2 * LANES, 0, 0);
+}
+
+// A walk through n groups of weights, for the rows from `first` of the tile on; what is due is
+// fetched meanwhile.
+typedef struct { const char *weights, *due; long pace; int n, first; } NAME(Walk);
+
+// R rows (a constant in each copy), and QVECTORS vectors of outputs from `output` of the pair on.
+INLINE void NAME(quant_rows)(const int R, const QuantGroup *groups, NAME(Walk) walk,
+                             const int output, Sums c) {
+    const int scales = PAIR * QUANT_GROUP, first = walk.first;
+    const char *w = walk.weights, *due = walk.due;
+    const long pace = walk.pace;
+    EACH_QUANT_ROW(QUANT_BEGIN)
+    for (const QuantGroup *in = groups; in < groups + walk.n; in++, w += step_bytes(TYPE_Q8)) {
+        EACH_QUANT_ROW(QUANT_START)
+        for (int step = 0; step < QUANT_GROUP / 4; step++) {
+            const char *at = w + step * PAIR * 4 + output * 4;
+            ivec w0 = NAME(quant_weights)(at, 0, false), w1 = NAME(quant_weights)(at, 1, false);
+            ivec w2 = w0, w3 = w1;
+            if (QVECTORS > 2) {
+                w2 = NAME(quant_weights)(at, 2, false);
+                w3 = NAME(quant_weights)(at, 3, false);
+            }
+            for (int i = 0; i < 4 && pace > 0; i++, due += pace) PREFETCH(due);
+            EACH_QUANT_ROW(QUANT_EVEN)
+            w0 = NAME(quant_weights)(at, 0, true), w1 = NAME(quant_weights)(at, 1, true);
+            if (QVECTORS > 2) {
+                w2 = NAME(quant_weights)(at, 2, true);
+                w3 = NAME(quant_weights)(at, 3, true);
+            }
+            EACH_QUANT_ROW(QUANT_ODD)
+            (void)w2, (void)w3;
+        }
+        vec e0 = NAME(quant_scales)(w + scales + output * 2, 0), e2 = e0;
+        vec e1 = NAME(quant_scales)(w + scales + output * 2, 1), e3 = e1;
+        if (QVECTORS > 2) {
+            e2 = NAME(quant_scales)(w + scales + output * 2, 2);
+            e3 = NAME(quant_scales)(w + scales + output * 2, 3);
+        }
+        EACH_QUANT_ROW(QUANT_FINISH)
+        (void)e2, (void)e3;
+    }
+    EACH_QUANT_ROW(QUANT_END)
+}
+
+static TARGET __attribute__((noinline))
+void NAME(product_q8)(Factor a, const Panels *w, const Ahead *ahead, Sums c) {
+    enum { WALKS = PAIR / (QVECTORS * LANES) };        // over the pair
+    int parts = (a.rows + QROWS - 1) / QROWS, n = groups_of(a.inputs);
+    NAME(Walk) walk = { w->at, ahead->at, ahead->pace / (parts * WALKS), n, 0 };
+    for (int output = 0; output < PAIR; output += QVECTORS * LANES)
+        for (int first = 0; first < a.rows; first += QROWS) {
+            walk.first = first;
+            switch (a.rows - first < QROWS ? a.rows - first : QROWS) {
+#define CASE(rows) \
+            case rows: \
+                if (rows <= QROWS && WALKS == 1) NAME(quant_rows)(rows, a.at, walk, 0, c); \
+                else if (rows <= QROWS) NAME(quant_rows)(rows, a.at, walk, output, c); \
+                break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#undef CASE
+            }
+            walk.due += n * QUANT_GROUP * walk.pace;
+        }
+}
+
+// A row's numbers of a group as two planes: of four inputs the first, third, second and fourth's
+// high bytes, then their low ones.
+INLINE void NAME(split_planes)(int16_t *x) {
+    for (int i = 0; i < QUANT_GROUP; i += 4) {
+        const int16_t four[] = { x[i], x[i + 2], x[i + 1], x[i + 3] };
+        int8_t *to = (int8_t *)(x + i);
+        for (int j = 0; j < 4; j++) {
+            to[j] = (int8_t)(four[j] >> 7);
+            to[j + 4] = (int8_t)(four[j] & 127);
+        }
+    }
+}
+
+// The rows of a tile become integers: groups[columns / QUANT_GROUP, rounded up]. x has its columns
+// up to a multiple of PAIR; those that are not there count as 0. A row that holds a number that is
+// not finite gets the scale NaN; one whose numbers are next to nothing becomes 0.
+static TARGET void NAME(quantize)(int rows, int columns, const float *x, QuantGroup *groups) {
+    enum { NOT_FINITE = 0x7F800000 };
+    int blocks = (columns + PAIR - 1) / PAIR * 2, n = groups_of(columns);
+    for (int r = 0; r < rows; r++, x += BLOCK) {
+        ivec widest = {0};
+        int32_t most = 0;
+        for (int b = 0; b < blocks; b++)
+            for (int lane = 0; lane < BLOCK; lane += LANES) {
+                ivec size = (ivec)LOAD(x + b * BLOCK_FLOATS + lane) & 0x7FFFFFFF;
+                ivec wider = size > widest;
+                widest = (size & wider) | (widest & ~wider);
+            }
+        for (int i = 0; i < LANES; i++) most = widest[i] > most ? widest[i] : most;
+        float largest, scale = 0, factor = 0;
+        memcpy(&largest, &most, sizeof largest);
+        if (most >= NOT_FINITE) scale = NAN;
+        else if (largest > 1e-30f) scale = largest / MOST_QUANT, factor = MOST_QUANT / largest;
+        for (int g = 0; g < n; g++) {
+            ivec sums = {0};
+            int32_t sum = 0;
+            for (int i = 0; i < QUANT_GROUP; i += LANES) {
+                int b = g * (QUANT_GROUP / BLOCK) + i / BLOCK;
+                // 1.5 * 2^23: adding it leaves the nearest integer in the low bits.
+                const vec round = SPLAT(12582912.0f);
+                vec y = {0};
+                if (b < blocks && factor > 0)
+                    y = LOAD(x + b * BLOCK_FLOATS + i % BLOCK) * SPLAT(factor);
+                ivec number = (ivec)(y + round) - (ivec)round;
+                sums += number;
+                void *to = groups[g].x[r] + i;
+                *(NAME(halves) *)to = __builtin_convertvector((uvec)number, NAME(halves));
+            }
+            for (int i = 0; i < LANES; i++) sum += sums[i];
+            groups[g].start[r] = PLANES ? 0 : -128 * sum;
+            groups[g].scale[r] = scale;
+            if (PLANES) NAME(split_planes)(groups[g].x[r]);
+        }
+    }
 }
 
 // e^x to 1.5 units in the last place for x in [-86, 0], all that is asked for; 0 below, where a
@@ -1759,6 +2058,15 @@ static TARGET bool NAME(all_finite)(int n, const float *x) {
     return most < NOT_FINITE;
 }
 
+// n numbers, a multiple of BLOCK, as room 3's to_bf16 has each.
+static TARGET void NAME(to_halves)(int n, const float *x, uint16_t *y) {
+    for (int i = 0; i < n; i += LANES) {
+        uvec bits = (uvec)LOAD(x + i);
+        uvec half = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        *(NAME(halves) *)(void *)(y + i) = __builtin_convertvector(half, NAME(halves));
+    }
+}
+
 // The largest of every 16th of 256 numbers, for all n of them, 256 at a time; -INFINITY of none:
 // most[n / 256, rounded up][16].
 static TARGET void NAME(maxima)(int n, const float *x, float *most) {
@@ -1812,9 +2120,12 @@ static TARGET const char *NAME(miscompiled)(void) {
 #define STRING(x) STRING_(x)
 static const Kernels NAME(kernels) = {
     .name = STRING(KIND), .finish = NAME(finish), .layer_norm = NAME(layer_norm),
-    .product = { [TYPE_F32] = NAME(product_f32), [TYPE_BF16] = NAME(product_bf16) },
+    .product = { [TYPE_F32] = NAME(product_f32), [TYPE_BF16] = NAME(product_bf16),
+                 [TYPE_Q8] = NAME(product_q8) },
+    .quantize = NAME(quantize),
     .softmax = NAME(softmax), .scale_columns = NAME(scale_columns),
-    .all_finite = NAME(all_finite), .maxima = NAME(maxima), .exp_sums = NAME(exp_sums),
+    .all_finite = NAME(all_finite), .maxima = NAME(maxima), .to_halves = NAME(to_halves),
+    .exp_sums = NAME(exp_sums),
     .miscompiled = NAME(miscompiled),
 };
 
@@ -1826,11 +2137,27 @@ static const Kernels NAME(kernels) = {
 #undef PANELS_AT_ONCE
 #undef FMA
 #undef SPLAT
+#undef HALVES
+#undef QROWS
+#undef QVECTORS
+#undef PLANES
+#undef DOT
+#undef QUANT_TWICE
+#undef QUANT_BEGIN
+#undef QUANT_START
+#undef QUANT_EVEN
+#undef QUANT_ODD
+#undef QUANT_SUM
+#undef QUANT_FINISH
+#undef QUANT_PUT
+#undef QUANT_END
+#undef QUANT_OUT
 #undef PER_BLOCK
 #undef VECTORS
 #undef INLINE
 #undef vec
 #undef ivec
+#undef uvec
 #undef LOAD
 #undef STORE
 #undef SELECT
@@ -2149,6 +2476,9 @@ typedef struct {
     bool alone;                // it holds all rows that its sequence has in the pass
 } Span;
 
+// What linear layers read.
+enum { NORMED1, NORMED2, ATTENDED, MLP, FINAL, QUANTIZED };
+
 // One block of memory for the largest pass, and the pass that is run in it.
 typedef struct {
     const Model *m;
@@ -2159,6 +2489,7 @@ typedef struct {
     float *qkv;                // tiles [rows][q + 2 kv]
     float *mlp;                // tiles [rows][intermediate]
     float *final;              // tiles [logits rows][hidden]
+    QuantGroup *quants[QUANTIZED];     // the same as integers, where the model has q8 weights
     float *logits;             // [logits rows][padded vocab] row-major
     Rotation *rotations;       // [rows][rotary_dims / 2]
     Span *spans;
@@ -2184,7 +2515,19 @@ static int rows_in_tile(int n, int tile) {
 static int tiles_of(int n) { return (n + TILE - 1) / TILE; }
 
 // One product of a linear layer: in [rows][inputs] times weights [outputs][inputs], plus bias.
-typedef struct { const float *in; Matrix weights; const float *bias; } Term;
+typedef struct {
+    const void *in;            // tiles of floats, or for q8 weights of QuantGroups
+    Matrix weights;
+    const float *bias;
+} Term;
+
+// A term's rows of a tile, from an input on.
+static const void *in_at(const Term *t, int tile, int input) {
+    int inputs = t->weights.inputs;
+    if (t->weights.type == TYPE_Q8)
+        return (const QuantGroup *)t->in + (long)tile * groups_of(inputs) + input / QUANT_GROUP;
+    return (const float *)t->in + tile_at(tile, padded(inputs)) + (long)input * TILE;
+}
 
 // out = the terms' sum, finished. A second term's blocks are added behind the first's; it is there
 // where the attention's and the MLP's last products go into the same x.
@@ -2211,7 +2554,7 @@ typedef struct {
 // this way 27.) With FEW rows memory alone decides, and the CPU's own prefetching keeps it busier
 // (measured: decoding 8% faster).
 enum { GROUP = 5, CHUNK = 1024, FEW = 4 };
-_Static_assert(CHUNK % SUM_BLOCK == 0, "blocks begin at fixed inputs");
+_Static_assert(CHUNK % SUM_BLOCK == 0 && CHUNK % QUANT_GROUP == 0, "they begin at fixed inputs");
 
 typedef struct {
     const LinearJob *job;
@@ -2254,7 +2597,7 @@ static void add_term(const LinearPiece *p, int term, const Due *due,
                      float (*sums)[2 * BLOCK_FLOATS]) {
     const Term *t = &p->layer->terms[term];
     const Matrix *w = &t->weights;
-    const int step = step_bytes(w->type);
+    const int step = pace_of(w->type);
     int own = due->n ? weight_tiles(p->tiles) : p->tiles;
     int left = p->job->rows - p->first_tile * TILE, rows = left < own * TILE ? left : own * TILE;
     Panels panels = { .stride = panel_stride(w->type, w->inputs), .n = 2 };
@@ -2264,14 +2607,14 @@ static void add_term(const LinearPiece *p, int term, const Due *due,
         Ahead ahead = ahead_of_weights(p, term, i + CHUNK);
         for (int tile = 0; tile < p->tiles; tile++) {
             int here = rows_in_tile(p->job->rows, p->first_tile + tile);
-            const float *in = t->in + tile_at(p->first_tile + tile, padded(w->inputs));
+            const void *in = in_at(t, p->first_tile + tile, i);
             // Of the bytes of each step a tile fetches its share.
             ahead.pace = rows <= FEW ? 0 : (step * here + rows - 1) / rows;
             Before before = i > 0 || term > 0 ? ADD : REPLACE;
             if (tile >= own)
                 ahead = ahead_of_places(due, i / CHUNK * (p->tiles - own) + tile - own);
-            p->job->kernels->product[w->type]((Factor){ in + (long)i * TILE, here, n }, &panels,
-                                              &ahead, (Sums){ sums[tile], before });
+            p->job->kernels->product[w->type]((Factor){ in, here, n }, &panels, &ahead,
+                                              (Sums){ sums[tile], before });
             ahead.at += n * ahead.pace;
         }
     }
@@ -2395,6 +2738,30 @@ static void rotate_head(const Work *w, int row, int first_column) {
     }
 }
 
+// A row's kv head as bf16: columns of qkv from `first` on, into halves[head size, padded].
+static void round_head(const Work *w, int row, int first, uint16_t *halves) {
+    float numbers[MOST_HEAD_SIZE + BLOCK] __attribute__((aligned(LINE_BYTES)));
+    int size = w->m->c.head_size;
+    memset(numbers + size / BLOCK * BLOCK, 0, BLOCK * sizeof *numbers);
+    w->kernels->scale_columns(size, 1, (Columns){ qkv_row(w, row), first, BLOCK_FLOATS },
+                              (Columns){ numbers, 0, BLOCK });
+    w->kernels->to_halves((size + BLOCK - 1) / BLOCK * BLOCK, numbers, halves);
+}
+
+// store_row where keys and values are bf16.
+static void store_halves(const Work *w, int row, int head, char *keys, char *values) {
+    uint16_t halves[MOST_HEAD_SIZE + BLOCK];
+    const Config *c = &w->m->c;
+    int size = c->head_size, offset = w->rows[row].position % PAGE;
+    uint16_t *key = (uint16_t *)(void *)keys + offset / BLOCK * (long)BLOCK * size + offset % BLOCK;
+    round_head(w, row, c->q + head * size, halves);
+    for (int i = 0; i < size; i++) key[(long)i * BLOCK] = halves[i];
+    round_head(w, row, c->q + c->kv + head * size, halves);
+    for (int i = 0; i < size; i += BLOCK)
+        memcpy(values + ((long)i * PAGE + offset * BLOCK) * (long)sizeof *halves, halves + i,
+               BLOCK * sizeof *halves);
+}
+
 // The rotated key and the value of a row's kv head go to their page.
 static void store_row(const Work *w, int row, int head) {
     const Config *c = &w->m->c;
@@ -2406,6 +2773,10 @@ static void store_row(const Work *w, int row, int head) {
     float *values = (float *)(void *)head_values(w, page, head);
     keys += offset / BLOCK * (long)BLOCK * size + offset % BLOCK;
     rotate_head(w, row, key_column);
+    if (w->m->kv_type == TYPE_BF16) {
+        store_halves(w, row, head, head_keys(w, page, head), head_values(w, page, head));
+        return;
+    }
     w->kernels->scale_columns(
         size, 1, (Columns){ qkv, key_column + c->kv, BLOCK_FLOATS },
         (Columns){ values + offset * BLOCK, 0, PAGE * BLOCK });
@@ -2501,7 +2872,7 @@ static Ahead ahead_of_scores(const Slots *s, int p, int fetched) {
         .at = next_page ? keys : keys + key_bytes(w->m),
         .stride = one_panel ? 0 : panel_stride(w->m->kv_type, w->m->c.head_size),
         .next = next_page < last_page ? head_keys(w, s->pages[next_page + 1], s->head) - keys : 0,
-        .pace = next_page < fetched ? 0 : LINE_BYTES,
+        .pace = next_page < fetched ? 0 : step_bytes(w->m->kv_type),
     };
 }
 
@@ -2520,7 +2891,7 @@ static Ahead ahead_of_values(const Slots *s, int p, int fetched, bool more) {
     }
     long pair = pair_bytes(w->m->kv_type, PAGE);
     return (Ahead){ at, .stride = panel_stride(w->m->kv_type, PAGE), .next = pair,
-                    .pace = next_page < fetched ? 0 : LINE_BYTES * used / PAGE };
+                    .pace = next_page < fetched ? 0 : step_bytes(w->m->kv_type) * used / PAGE };
 }
 
 // scores[slot][position] = query . key. A product takes the keys of two pages, of their panels
@@ -2651,6 +3022,10 @@ static Work work_open(const Model *m, const Kernels *kernels, int max_rows, int 
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
         *table[i].field = allocate_raw(table[i].rows, table[i].columns * sizeof(float),
                                        LINE_BYTES);
+    const int columns[QUANTIZED] = { c->hidden, c->hidden, c->q, c->intermediate, c->hidden };
+    for (int i = 0; i < QUANTIZED && m->quantized; i++)
+        w.quants[i] = allocate_raw((i == FINAL ? logit_rows : rows) / TILE,
+                                   (size_t)groups_of(columns[i]) * sizeof *w.quants[i], LINE_BYTES);
     size_t spans_a_row = (size_t)c->sharing / TILE + 1;
     w.rotations = allocate_raw(rows, (half + 1) * sizeof *w.rotations, LINE_BYTES);
     w.spans = allocate_raw(rows, spans_a_row * sizeof *w.spans, LINE_BYTES);
@@ -2671,6 +3046,7 @@ static void work_close(Work *w) {
     void *blocks[] = { w->x, w->normed1, w->normed2, w->attended, w->qkv, w->mlp, w->final,
                        w->logits, w->rotations, w->spans, w->logit_rows, w->frequency };
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) free(blocks[i]);
+    for (int i = 0; i < QUANTIZED; i++) free(w->quants[i]);
     for (int i = 0; i < pool.threads; i++) free(w->scratch[i]);
     free(w->scratch);
 }
@@ -2683,6 +3059,21 @@ static void load_weights(Type type, const char *row, int i, int n, float *to) {
         memcpy(&half, row + (long)(i + j) * (long)sizeof half, sizeof half);
         to[j] = from_bf16(half);
     }
+    if (type != TYPE_Q8) return;
+    const char *group = row + row_bytes(type, i / QUANT_GROUP * QUANT_GROUP);
+    uint16_t scale;
+    memcpy(&scale, group + QUANT_GROUP, sizeof scale);
+    for (int j = 0; j < n; j++)
+        to[j] = (float)((uint8_t)group[i % QUANT_GROUP + j] - 128) * from_bf16(scale);
+}
+
+// A tile of what a linear layer reads, as integers, where the model has q8 weights.
+static void quantize_tile(const Work *w, int which, int tile, int rows, const float *x) {
+    const Config *c = &w->m->c;
+    int columns = which == ATTENDED ? c->q : which == MLP ? c->intermediate : c->hidden;
+    if (!w->m->quantized) return;
+    w->kernels->quantize(rows, columns, x + tile_at(tile, padded(columns)),
+                         w->quants[which] + (long)tile * groups_of(columns));
 }
 
 // Piece: a tile's tokens become rows of x, its positions cosines and sines.
@@ -2718,6 +3109,7 @@ static void norm2_piece(void *arg, int tile, int thread) {
     const Work *w = arg;
     const Layer *l = &w->m->layers[w->layer];
     norm_tile(w, tile, l->norm2, l->norm2_bias, w->normed2);
+    quantize_tile(w, NORMED2, tile, rows_in_tile(w->n, tile), w->normed2);
 }
 
 // Piece: a tile's first norm, and the second too if it reads the same x.
@@ -2725,6 +3117,7 @@ static void norms_piece(void *arg, int tile, int thread) {
     const Work *w = arg;
     const Layer *l = &w->m->layers[w->layer];
     norm_tile(w, tile, l->norm1, l->norm1_bias, w->normed1);
+    quantize_tile(w, NORMED1, tile, rows_in_tile(w->n, tile), w->normed1);
     if (w->m->c.parallel_residual) norm2_piece(arg, tile, thread);
 }
 
@@ -2743,6 +3136,35 @@ static void final_norm_piece(void *arg, int tile, int thread) {
     }
     w->kernels->layer_norm((Norm){ c->hidden, (float)c->eps, w->m->norm, w->m->norm_bias }, rows,
                            final, final);
+    quantize_tile(w, FINAL, tile, rows, w->final);
+}
+
+// Pieces: a tile of what attention, and the MLP's first half, gave.
+static void attended_piece(void *arg, int tile, int thread) {
+    (void)thread;
+    const Work *w = arg;
+    quantize_tile(w, ATTENDED, tile, rows_in_tile(w->n, tile), w->attended);
+}
+
+static void mlp_piece(void *arg, int tile, int thread) {
+    (void)thread;
+    const Work *w = arg;
+    quantize_tile(w, MLP, tile, rows_in_tile(w->n, tile), w->mlp);
+}
+
+static void outputs_piece(void *arg, int tile, int thread) {
+    attended_piece(arg, tile, thread);
+    mlp_piece(arg, tile, thread);
+}
+
+// A step of its own, since a row's largest number must be known; nothing without q8 weights.
+static void quantize_step(Work *w, Run piece) {
+    if (w->m->quantized) parallel(tiles_of(w->n), piece, w);
+}
+
+static Term term_of(const Work *w, int which, const float *x, Matrix weights, const float *bias) {
+    const void *in = weights.type == TYPE_Q8 ? (const void *)w->quants[which] : x;
+    return (Term){ in, weights, bias };
 }
 
 // Attention beside products: those wait for the processor, attention for memory. Each piece of a
@@ -2832,11 +3254,13 @@ static void run_layer(Work *w) {
     const Config *c = &w->m->c;
     const Layer *l = &w->m->layers[w->layer];
     int tiles = tiles_of(w->n), hidden = padded(c->hidden);
-    Linear qkv = linear_of((Term){ w->normed1, l->qkv, l->qkv_bias }, w->qkv, padded(c->qkv));
-    Linear up = linear_of((Term){ w->normed2, l->up, l->up_bias }, w->mlp,
-                          padded(c->intermediate));
-    Linear dense = linear_of((Term){ w->attended, l->dense, l->dense_bias }, w->x, hidden);
-    Linear down = linear_of((Term){ w->mlp, l->down, l->down_bias }, w->x, hidden);
+    Term in_qkv = term_of(w, NORMED1, w->normed1, l->qkv, l->qkv_bias);
+    Term in_up = term_of(w, NORMED2, w->normed2, l->up, l->up_bias);
+    Term in_dense = term_of(w, ATTENDED, w->attended, l->dense, l->dense_bias);
+    Term in_down = term_of(w, MLP, w->mlp, l->down, l->down_bias);
+    Linear qkv = linear_of(in_qkv, w->qkv, padded(c->qkv));
+    Linear up = linear_of(in_up, w->mlp, padded(c->intermediate));
+    Linear dense = linear_of(in_dense, w->x, hidden), down = linear_of(in_down, w->x, hidden);
     up.gelu = true;
     dense.residual = down.residual = w->x;
 
@@ -2844,9 +3268,11 @@ static void run_layer(Work *w) {
     if (!c->parallel_residual) {
         linear(w, &qkv, 1, w->n);
         attention((KvHeads){ w, .n = c->kv_heads });
+        quantize_step(w, attended_piece);
         linear(w, &dense, 1, w->n);
         parallel(tiles, norm2_piece, w);
         linear(w, &up, 1, w->n);
+        quantize_step(w, mlp_piece);
         linear(w, &down, 1, w->n);
         return;
     }
@@ -2855,6 +3281,7 @@ static void run_layer(Work *w) {
         linear(w, (Linear[]){ qkv, up }, 2, w->n);
         attention((KvHeads){ w, .n = c->kv_heads });
     }
+    quantize_step(w, outputs_piece);
     dense.terms[dense.n_terms++] = down.terms[0];
     linear(w, &dense, 1, w->n);
 }
@@ -2875,7 +3302,7 @@ static void forward(Work *w, const Row *rows, int n) {
         if (rows[i].wants_logits) w->logit_rows[w->n_logits++] = i;
     if (w->n_logits == 0) return;
     parallel(tiles_of(w->n_logits), final_norm_piece, w);
-    Linear logits = linear_of((Term){ w->final, w->m->embed_out, NULL }, w->logits,
+    Linear logits = linear_of(term_of(w, FINAL, w->final, w->m->embed_out, NULL), w->logits,
                               padded(c->vocab));
     logits.row_major = true;
     linear(w, &logits, 1, w->n_logits);
@@ -5591,6 +6018,68 @@ static void pack_bf16(void *arg, int piece, int thread) {
     if (changed) atomic_store(&q->changed, true);
 }
 
+// A group of weights, `stride` floats apart, n of them: their scale, and through put[] bytes, so
+// many apart. The scale is the least bf16 with which none is beyond 127; those that are not there
+// are 128, which is 0.
+typedef struct { const float *at; long stride; int n; } Weights;
+
+static uint16_t pack_group(Quantizing *q, Weights w, uint8_t *to, const int places[QUANT_GROUP]) {
+    float largest = 0, inverse = 0;
+    bool broken = false;
+    for (int i = 0; i < w.n; i++) {
+        float size = fabsf(w.at[i * w.stride]);
+        broken |= !(size <= FLT_MAX);
+        largest = size > largest ? size : largest;
+    }
+    uint16_t scale = to_bf16(largest / 127);
+    if (from_bf16(scale) < largest / 127) scale++;
+    if (broken) atomic_store(&q->broken, true);
+    if (from_bf16(scale) > 0) inverse = 1 / from_bf16(scale);
+    for (int i = 0; i < QUANT_GROUP; i++) {
+        float x = i < w.n && !broken ? rintf(w.at[i * w.stride] * inverse) : 0;
+        x = x > 127 ? 127 : x < -127 ? -127 : x;       // inverse was rounded
+        to[places[i]] = (uint8_t)((int)x + 128);
+    }
+    return scale;
+}
+
+// Piece: a pair of panels.
+static void pack_q8_pair(void *arg, int pair, int thread) {
+    (void)thread;
+    Quantizing *q = arg;
+    int inputs = (int)q->source->cols, places[QUANT_GROUP];
+    char *to = q->packed + pair * pair_bytes(TYPE_Q8, inputs);
+    const float *from = (const void *)(q->m->map + q->source->offset);
+    for (int i = 0; i < QUANT_GROUP; i++) places[i] = i / 4 * PAIR * 4 + i % 2 * 2 + i / 2 % 2;
+    for (int group = 0; group < groups_of(inputs); group++, to += formats[TYPE_Q8].unit_bytes)
+        for (int output = 0; output < PAIR; output++) {
+            int first = group * QUANT_GROUP, left = inputs - first;
+            long panel = pair * 2 + output / BLOCK;
+            Weights w = { from + (panel * inputs + first) * BLOCK + output % BLOCK, BLOCK,
+                          left < QUANT_GROUP ? left : QUANT_GROUP };
+            uint16_t scale = pack_group(q, w, (uint8_t *)to + output * 4, places);
+            memcpy(to + PAIR * QUANT_GROUP + output * (int)sizeof scale, &scale, sizeof scale);
+        }
+}
+
+// Piece: a row of a table.
+static void pack_q8_row(void *arg, int row, int thread) {
+    (void)thread;
+    Quantizing *q = arg;
+    int columns = (int)q->source->cols, places[QUANT_GROUP];
+    const float *from = (const float *)(const void *)(q->m->map + q->source->offset) +
+                        (long)row * columns;
+    char *to = q->packed + row * row_bytes(TYPE_Q8, columns);
+    for (int i = 0; i < QUANT_GROUP; i++) places[i] = i;
+    for (int first = 0; first < columns; first += QUANT_GROUP) {
+        int left = columns - first;
+        Weights w = { from + first, 1, left < QUANT_GROUP ? left : QUANT_GROUP };
+        uint16_t scale = pack_group(q, w, (uint8_t *)to, places);
+        memcpy(to + QUANT_GROUP, &scale, sizeof scale);
+        to += row_bytes(TYPE_Q8, QUANT_GROUP);
+    }
+}
+
 static void show_packed(Quantizing *q) {
     if (q->o->quiet || !isatty(STDERR_FILENO) || seconds() - q->shown < 0.2) return;
     show_status("kl3m: %.0f%% packed and written", 100 * q->done / q->whole);
@@ -5603,7 +6092,11 @@ static const void *pack(void *arg, const Section *source) {
     if (interrupted) return q->packed;
     q->source = source;
     size_t floats = source->size / sizeof(float);
-    parallel((int)((floats + PACKED_AT_ONCE - 1) / PACKED_AT_ONCE), pack_bf16, q);
+    int rows = (int)source->rows;
+    if (q->type == TYPE_BF16)
+        parallel((int)((floats + PACKED_AT_ONCE - 1) / PACKED_AT_ONCE), pack_bf16, q);
+    else if (source->layout == PANELS) parallel(padded(rows) / PAIR, pack_q8_pair, q);
+    else parallel(rows, pack_q8_row, q);
     if (atomic_load(&q->broken))
         die("%s: %s has weights that are not finite in %s; kl3m --verify checks the file",
             q->m->path, source->name, formats[q->type].name);
@@ -5642,13 +6135,13 @@ static void say_quantized(const Quantizing *q, double bytes) {
     append_text(&said, q->o->out, strlen(q->o->out), IN_A_LINE);
     append_format(&said, ": the model with %s weights, %.1f MB", formats[q->type].name,
                   bytes * 1e-6);
-    if (!q->changed)
+    if (q->type == TYPE_BF16 && !q->changed)
         append_string(&said, "; each weight was such a number, so it computes the same bits");
     append_string(&said, "\n");
     print(&said);
 }
 
-static int quantize(const Options *o, Model *m, const Kernels *kernels) {
+static int quantize_model(const Options *o, Model *m, const Kernels *kernels) {
     (void)kernels;
     Quantizing q = { .o = o, .m = m, .type = type_named(o->quantize) };
     Part *parts = allocate(m->n_sections, sizeof *parts);
@@ -5791,9 +6284,9 @@ static const Option option_table[] = {
       .command = learn_guesses, .passes = true, .needs = "out",
       .excludes = "prompt null json jsonl stop num-return-sequences no-speculation",
       .why = "it samples a text of each of its own beginnings, and learns from -f FILE" },
-    { 0, "quantize", "bf16", CHOICE, &options.quantize,
+    { 0, "quantize", "bf16|q8", CHOICE, &options.quantize,
       .help = "write the model with smaller weights (-o)",
-      .command = quantize, .passes = true, .needs = "out",
+      .command = quantize_model, .passes = true, .needs = "out",
       .excludes = "prompt file null json jsonl",
       .why = "it reads the model and nothing else" },
     { 'o', "out", "FILE", TEXT, &options.out, .help = "the file that these two write",
@@ -5826,9 +6319,9 @@ static int show_help(void) {
     append_string(&out,
         "\nThe model is $KL3M_MODEL, else kl3m-002-170m.bin in the current directory, in\n"
         "$XDG_DATA_HOME/kl3m (~/.local/share/kl3m), beside the program, or in\n"
-        "../share/kl3m from there. KL3M_ISA=avx512|avx2|neon|portable forces a set of\n"
-        "instructions. Exit status: 0 done, 1 failed, 2 wrong command line, 3 some\n"
-        "prompts could not be run, 130 and 143 after Ctrl-C and SIGTERM.\n");
+        "../share/kl3m from there. KL3M_ISA=avx512vnni|avx512|avx2|neondot|neon|portable\n"
+        "forces a set of instructions. Exit status: 0 done, 1 failed, 2 wrong command\n"
+        "line, 3 some prompts could not be run, 130 and 143 after Ctrl-C and SIGTERM.\n");
     print(&out);
     return OK;
 }
@@ -6076,8 +6569,8 @@ static const Kernels *find_kernels(void) {
     const char *isa = getenv("KL3M_ISA");
     const Kernels *kernels = choose_kernels(isa && *isa ? isa : NULL);
     if (kernels == NULL)
-        die("KL3M_ISA=%s: there is no such set of instructions in this CPU; avx512, avx2, neon and "
-            "portable are the names", isa);
+        die("KL3M_ISA=%s: there is no such set of instructions in this CPU; avx512vnni, avx512, "
+            "avx2, neondot, neon and portable are the names", isa);
     const char *flaw = kernels->miscompiled();
     if (flaw)
         die("this program was compiled %s, which its results need; build it with make", flaw);

@@ -52,7 +52,7 @@ def one_object():
     found = json.loads(done.out)
     expect(sorted(found), ["bandwidth", "first_token", "isa", "model", "peak", "threads", "work"])
     expect((found["threads"], found["model"]), (2, str(model())))
-    assert found["isa"] in ("avx512", "avx2", "neon", "portable"), found
+    assert found["isa"] in ("avx512vnni", "avx512", "avx2", "neondot", "neon", "portable"), found
     expect([work["name"] for work in found["work"]], WORKS)
     for limits in found["bandwidth"], found["peak"]:
         assert len(limits) == 2 and all(limit > 1e6 for limit in limits), limits
@@ -82,7 +82,7 @@ def table_with_bars():
 @test("bench measures every kind of CPU that this one is, and no other")
 def every_kind_of_cpu():
     ran = []
-    for isa in ("avx512", "avx2", "neon", "portable"):
+    for isa in ("avx512vnni", "avx512", "avx2", "neondot", "neon", "portable"):
         done = run_bench(model(), "--json", "--windows", 1, "--kl3m", KL3M, env={"KL3M_ISA": isa})
         here = run([KL3M, "-m", model(), "-p", "Q", "-n", "1"], env={"KL3M_ISA": isa}).code == 0
         expect(done.code, 0 if here else 1, done.err)

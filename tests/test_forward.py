@@ -43,7 +43,7 @@ LONG = {"hidden_size": 80, "n_kv": 2, "num_hidden_layers": 3, "intermediate_size
         "vocab_size": 301, "rotary_pct": 0.3, "max_position_embeddings": 320}
 LONG_TEXT = TEXT[:400]
 
-KINDS = ["avx512", "avx2", "neon", "portable"]
+KINDS = ["avx512vnni", "avx512", "avx2", "neondot", "neon", "portable"]
 
 
 def logits(model, text, *options, env=None, program=None):

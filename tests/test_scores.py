@@ -36,9 +36,10 @@ def records(*values):
 
 
 def log_softmax(row):
-    """In double, from the smallest term on."""
+    """In double."""
     most = max(row)
-    return [x - most - math.log(math.fsum(math.exp(y - most) for y in row)) for x in row]
+    zero = most + math.log(math.fsum(math.exp(y - most) for y in row))
+    return [x - zero for x in row]
 
 
 def table(model, text):

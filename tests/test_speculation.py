@@ -141,7 +141,7 @@ def same_bytes_as_without_guesses():
 
 @test("guesses change no byte on any kind of CPU")
 def same_bytes_on_every_cpu():
-    for isa in ("avx512", "avx2", "neon", "portable"):
+    for isa in ("avx512vnni", "avx512", "avx2", "neondot", "neon", "portable"):
         if run_kl3m("-m", trained(), "-p", "Q", "-n", 1, env={"KL3M_ISA": isa}).code == 0:
             _, (_, true, _) = compare(taught(), ["-t", 0.3], program=steady(), isa=isa, count=7)
             assert true > 30, (isa, true)

@@ -106,6 +106,100 @@ static float plain_sum(const float *a, const float *w, int inputs, float there, 
     return sum;
 }
 
+// What q8 is, as it is written: a row's integers, exact sums over each group of inputs, times the
+// output's scale, added in the groups' order, the row's scale last.
+typedef struct {
+    int x[TILE][320], w[PAIR][320];    // [inputs, padded]
+    float scale[TILE], scales[PAIR][5];
+} PlainQ8;
+
+// The row's integers, by rounding in double: to nearest, ties to even.
+static void plain_quantize(PlainQ8 *q, int r, const float *x, int n, int padded_to) {
+    float largest = 0;
+    for (int i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
+    q->scale[r] = largest / MOST_QUANT;
+    float factor = MOST_QUANT / largest;
+    for (int i = 0; i < padded_to; i++) q->x[r][i] = i < n ? (int)nearbyint(x[i] * factor) : 0;
+}
+
+static float plain_q8(const PlainQ8 *q, int r, int j, int groups, bool add, float there) {
+    float sum = 0;
+    for (int g = 0; g < groups; g++) {
+        long long exact = 0;
+        for (int i = g * QUANT_GROUP; i < (g + 1) * QUANT_GROUP; i++)
+            exact += (long long)q->w[j][i] * q->x[r][i];
+        sum = fmaf((float)exact, q->scales[j][g], sum);
+    }
+    return add ? fmaf(sum, q->scale[r], there) : sum * q->scale[r];
+}
+
+// Rows of floats become integers and meet a pair of q8 panels, for 1 to 12 rows of 1 to 320 inputs.
+static void check_q8(const Kernels *k) {
+    static const int sizes[] = { 1, 31, 64, 65, 128, 300, 320 };
+    static PlainQ8 q;
+    static QuantGroup groups[5];
+    static float tile[320 * TILE], sums[2 * BLOCK_FLOATS], there[TILE][PAIR];
+    static char panels[5 * PAIR * (QUANT_GROUP + 2)] __attribute__((aligned(LINE_BYTES)));
+    for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++) {
+        int inputs = sizes[n], count = (inputs + QUANT_GROUP - 1) / QUANT_GROUP;
+        memset(tile, 0, sizeof tile);
+        for (int r = 0; r < TILE; r++) {
+            float row[320];
+            for (int i = 0; i < inputs; i++)
+                *cell(tile, r, i) = row[i] = (float)(sin(i * 1.3 + r * 7.1) * pow(10, r - 6));
+            plain_quantize(&q, r, row, inputs, count * QUANT_GROUP);
+        }
+        char *at = panels;
+        for (int g = 0; g < count; g++, at += formats[TYPE_Q8].unit_bytes)
+            for (int j = 0; j < PAIR; j++) {
+                static const int places[] = { 0, 2, 1, 3 };
+                uint16_t scale = to_bf16((float)(1 + j + g) / 1000);
+                q.scales[j][g] = from_bf16(scale);
+                memcpy(at + PAIR * QUANT_GROUP + 2 * j, &scale, sizeof scale);
+                for (int i = 0; i < QUANT_GROUP; i++) {
+                    int w = (i * 37 + j * 101 + g * 11) % 255 - 127;
+                    q.w[j][g * QUANT_GROUP + i] = w;
+                    at[i / 4 * PAIR * 4 + j * 4 + places[i % 4]] = (char)(w + 128);
+                }
+            }
+        for (int rows = 1; rows <= TILE; rows++)
+            for (int add = 0; add < 2; add++) {
+                for (int r = 0; r < TILE; r++)
+                    for (int j = 0; j < PAIR; j++)
+                        *cell(sums, r, j) = there[r][j] = (float)(r - j) / 3;
+                k->quantize(rows, inputs, tile, groups);
+                k->product[TYPE_Q8]((Factor){ groups, rows, inputs },
+                                    &(Panels){ .at = panels, .n = 2 }, &(Ahead){ .at = panels },
+                                    (Sums){ sums, add ? ADD : REPLACE });
+                for (int r = 0; r < rows; r++)
+                    for (int j = 0; j < PAIR; j++)
+                        worst(*cell(sums, r, j) != plain_q8(&q, r, j, count, add, there[r][j]), 0,
+                              1);
+            }
+    }
+    say(k->name, "q8, to the last bit", 0);
+    static const float broken[] = { INFINITY, -INFINITY, NAN };
+    for (int i = 0; i < 3; i++) {      // the row that has it becomes NaN, the others do not
+        *cell(tile, 1, 17) = broken[i];
+        k->quantize(3, 64, tile, groups);
+        worst(isnan(groups[0].scale[1]) && !isnan(groups[0].scale[0] + groups[0].scale[2]), 1, 1);
+    }
+    memset(tile, 0, sizeof tile);
+    *cell(tile, 0, 3) = 1e-40f;
+    k->quantize(1, 64, tile, groups);
+    worst(groups[0].scale[0], 0, 1);
+    say(k->name, "what cannot be quantized", 0);
+    for (int i = 0; i < 100000; i++) { // bf16 as room 3 has it, one by one
+        float numbers[BLOCK] = {0};
+        uint16_t halves[BLOCK];
+        uint32_t bits = (uint32_t)i * 42949u;
+        memcpy(numbers, &bits, sizeof bits);
+        k->to_halves(BLOCK, numbers, halves);
+        worst(halves[0] != to_bf16(numbers[0]) || halves[1] != 0, 0, 1);
+    }
+    say(k->name, "bf16", 0);
+}
+
 // Row r's input i of a tile, output j's of two pairs of panels one behind the other.
 static void check_products(const Kernels *k) {
     enum { MOST = 1300, PANELS_HERE = 4, OUTPUTS = PANELS_HERE * BLOCK };
@@ -143,14 +237,14 @@ static void check_products(const Kernels *k) {
 static void check_all(const Kernels *k) {
     check_kernels(k);
     check_products(k);
+    check_q8(k);
 }
 
 static int check_math(void) {
-    check_all(&kernels_portable);
-    check_all(choose_kernels(NULL));
-#if defined(__x86_64__)
-    if (choose_kernels("avx2")) check_all(&kernels_avx2);
-#endif
+    static const char *const kinds[] = { "avx512vnni", "avx512", "avx2", "neondot", "neon",
+                                         "portable" };
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (choose_kernels(kinds[i])) check_all(choose_kernels(kinds[i]));
     for (double x = -700; x <= 0; x += 0.00137) worst(exp_double(x), exp(x), exp(x));
     say("double", "exp, relative", 1e-15);
     for (double x = 1; x < 1e12; x *= 1.0007) worst(log_double(x), log(x), 1 + log(x));

@@ -31,15 +31,17 @@ enum {
 };
 
 // ---- What a CPU can do ----
-// Two loops for each kind of CPU. The first sums up bytes of floats, a multiple of READ_AT_ONCE,
+// Three loops for each kind of CPU. The first sums up bytes of floats, a multiple of READ_AT_ONCE,
 // as fast as memory brings them. The second makes n fused multiply-adds into each of as many sums
 // as product_rows has there (ROWS x VECTORS), with nothing to load, and returns how many
-// floating-point operations those are. Sums are named as in kl3m.c, and for its reason.
+// floating-point operations those are. The third does the same with the integers of q8 weights:
+// two products of 16 bits a lane, or four of 8. Sums are named as in kl3m.c, and for its reason.
 
 typedef struct {
     const Kernels *kernels;
     float (*read)(long bytes, const char *at);
     double (*multiply_add)(int n, float *sum);
+    double (*dot)(int n, float *sum);
 } Loops;
 
 #define EACH_SUM(DO, FMA) \
@@ -48,10 +50,11 @@ typedef struct {
     DO(15, FMA) DO(16, FMA) DO(17, FMA) DO(18, FMA) DO(19, FMA) DO(20, FMA) DO(21, FMA) \
     DO(22, FMA) DO(23, FMA)
 #define BEGIN_SUM(i, FMA) vec s##i = y + (float)(i);
+#define BEGIN_DOT(i, DOT) vec s##i = y + i;
 #define ADD_TO_SUM(i, FMA) if (i < SUMS) s##i = FMA(x, y, s##i);
 #define END_SUM(i, FMA) total += s##i;
 
-#define LOOPS(KIND, TARGET, SUMS_THERE, FMA) \
+#define LOOPS(KIND, TARGET, SUMS_THERE, FMA, DOT_SUMS, DOT, PRODUCTS) \
     static TARGET float read_##KIND(long bytes, const char *at) { \
         typedef vec_##KIND vec; \
         vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}; \
@@ -74,30 +77,53 @@ typedef struct {
         for (int i = 0; i < LANES; i++) *sum += total[i]; \
         return (double)(SUMS * LANES) * 2 * n; \
     } \
-    static const Loops loops_##KIND = { &kernels_##KIND, read_##KIND, multiply_add_##KIND };
+    static TARGET double dot_##KIND(int n, float *sum) { \
+        typedef ivec_##KIND vec; \
+        enum { SUMS = DOT_SUMS, LANES = sizeof(vec) / sizeof *sum }; \
+        vec x = (vec){0} + 0x10003, y = (vec){0} + (int)*sum, total = {0}; \
+        EACH_SUM(BEGIN_DOT, DOT) \
+        for (int i = 0; i < n; i++) { EACH_SUM(ADD_TO_SUM, DOT) } \
+        EACH_SUM(END_SUM, DOT) \
+        for (int i = 0; i < LANES; i++) *sum += (float)total[i]; \
+        return (double)(SUMS * LANES) * 2 * PRODUCTS * n; \
+    } \
+    static const Loops loops_##KIND = { &kernels_##KIND, read_##KIND, multiply_add_##KIND, \
+                                        dot_##KIND };
 
+#define DOT_PLAIN(w, x, s) ((s) + ((w) & 0xFFFF) * ((x) & 0xFFFF) + ((w) >> 16) * ((x) >> 16))
 #if defined(__x86_64__)
-LOOPS(avx512, __attribute__((target("avx512f,fma"))), 24, _mm512_fmadd_ps)
-LOOPS(avx2, __attribute__((target("avx2,fma"))), 12, _mm256_fmadd_ps)
+#define VNNI(w, x, s) (vec)_mm512_dpwssd_epi32((__m512i)(s), (__m512i)(w), (__m512i)(x))
+#define MADD_512(w, x, s) ((s) + (vec)_mm512_madd_epi16((__m512i)(w), (__m512i)(x)))
+#define MADD_256(w, x, s) ((s) + (vec)_mm256_madd_epi16((__m256i)(w), (__m256i)(x)))
+LOOPS(avx512vnni, __attribute__((target("avx512f,avx512bw,avx512vnni,fma"))), 24, _mm512_fmadd_ps,
+      24, VNNI, 2)
+LOOPS(avx512, __attribute__((target("avx512f,avx512bw,fma"))), 24, _mm512_fmadd_ps, 24, MADD_512, 2)
+LOOPS(avx2, __attribute__((target("avx2,fma"))), 12, _mm256_fmadd_ps, 12, MADD_256, 2)
 #elif defined(__aarch64__)
 static vec_neon fma_neon(vec_neon a, vec_neon b, vec_neon c) {
     return (vec_neon)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
-LOOPS(neon, , 24, fma_neon)
+#define SDOT(w, x, s) (vec)vdotq_s32((int32x4_t)(s), (int8x16_t)(w), (int8x16_t)(x))
+LOOPS(neon, , 24, fma_neon, 16, DOT_PLAIN, 2)
+static __attribute__((target("+dotprod")))
+vec_neondot fma_neondot(vec_neondot a, vec_neondot b, vec_neondot c) {
+    return (vec_neondot)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+LOOPS(neondot, __attribute__((target("+dotprod"))), 24, fma_neondot, 16, SDOT, 4)
 #endif
 
 static vec_portable fma_portable(vec_portable a, vec_portable b, vec_portable c) {
     for (int i = 0; i < 4; i++) c[i] = fmaf(a[i], b[i], c[i]);
     return c;
 }
-LOOPS(portable, , 8, fma_portable)
+LOOPS(portable, , 8, fma_portable, 8, DOT_PLAIN, 2)
 
 static const Loops *loops_for(const Kernels *kernels) {
     static const Loops *const kinds[] = {
 #if defined(__x86_64__)
-        &loops_avx512, &loops_avx2,
+        &loops_avx512vnni, &loops_avx512, &loops_avx2,
 #elif defined(__aarch64__)
-        &loops_neon,
+        &loops_neondot, &loops_neon,
 #endif
     };
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
@@ -107,8 +133,9 @@ static const Loops *loops_for(const Kernels *kernels) {
 
 // ---- Limits and needs ----
 
-typedef struct { double bandwidth, peak; } Limits;     // bytes and operations a second
-typedef struct { double bytes, operations; } Needs;
+// Bytes, operations on floats, and those on integers; a second, and that a piece of work needs.
+typedef struct { double bandwidth, peak, dots; } Limits;
+typedef struct { double bytes, operations, dots; } Needs;
 
 // What limits are measured with: the model's file, and pages of keys and values behind it (memory
 // differs from place to place too).
@@ -146,6 +173,14 @@ static void multiply_add_piece(void *arg, int piece, int thread) {
     if (sum == 1.0f) p->sink = sum;
 }
 
+static void dot_piece(void *arg, int piece, int thread) {
+    (void)thread;
+    Probe *p = arg;
+    float sum = 0;
+    p->operations[piece] = p->loops->dot(PEAK_STEPS, &sum);
+    if (sum == 1.0f) p->sink = sum;
+}
+
 static double seconds_of(Probe *p, Run loop, int pieces, bool all) {
     double start = seconds();
     if (all) parallel(pieces, loop, p);
@@ -157,10 +192,12 @@ static double seconds_of(Probe *p, Run loop, int pieces, bool all) {
 // read, and how fast sums can be made of nothing.
 static Limits measure_limits(Probe *p, int pages, bool all) {
     double bytes = (double)p->parts * (double)PART_BYTES + (double)pages * (double)p->page_bytes;
-    double reading = seconds_of(p, read_piece, p->parts + pages, all), operations = 0;
-    double multiplying = seconds_of(p, multiply_add_piece, PEAK_PIECES, all);
+    double reading = seconds_of(p, read_piece, p->parts + pages, all), operations = 0, dots = 0;
+    double multiplying = seconds_of(p, multiply_add_piece, PEAK_PIECES, all), adding = 1;
     for (int i = 0; i < PEAK_PIECES; i++) operations += p->operations[i];
-    return (Limits){ bytes / reading, operations / multiplying };
+    if (p->m->quantized) adding = seconds_of(p, dot_piece, PEAK_PIECES, all);
+    for (int i = 0; i < PEAK_PIECES; i++) dots += p->operations[i];
+    return (Limits){ bytes / reading, operations / multiplying, dots / adding };
 }
 
 // Work, told by what it needs.
@@ -186,9 +223,16 @@ static Needs needs_of(const Model *m, const Task *t) {
         }
     }
     double position = (double)page_bytes(m) / (double)PAGE;
-    double multiplied = t->rows * weights + t->logits * out->outputs * out->inputs;
-    return (Needs){ t->passes * bytes + t->kept * position,
-                    2 * (multiplied + 2 * t->seen * m->c.layers * m->c.q) };
+    double multiplied = 2 * (t->rows * weights + t->logits * out->outputs * out->inputs);
+    double attention = 4 * t->seen * m->c.layers * m->c.q;
+    if (m->quantized)
+        return (Needs){ t->passes * bytes + t->kept * position, attention, multiplied };
+    return (Needs){ t->passes * bytes + t->kept * position, multiplied + attention, 0 };
+}
+
+// Seconds of the processor's.
+static double computing(Needs n, Limits l) {
+    return n.operations / l.peak + (n.dots > 0 ? n.dots / l.dots : 0);
 }
 
 // A pass: `rows` rows from position `from` on of each of some sequences, of which so many want
@@ -204,7 +248,7 @@ static double roofline(const Model *m, Limits l, Pass p) {
                   .kept = (double)p.sequences * (p.from + p.rows),
                   .seen = n * (p.from + (p.rows + 1) / 2.0) };
     Needs needs = needs_of(m, &task);
-    return fmax(needs.bytes / l.bandwidth, needs.operations / l.peak);
+    return fmax(needs.bytes / l.bandwidth, computing(needs, l));
 }
 
 // kl3m-002-170m: 134.4 M weights are read for a token, 100.9 M of them without the vocabulary.
@@ -218,7 +262,7 @@ static int self_check(void) {
     for (int i = 0; i < LAYERS; i++)
         layers[i] = (Layer){ .qkv = { NULL, TYPE_F32, 3 * HIDDEN, HIDDEN }, .dense = square,
                              .up = square, .down = square };
-    const Limits memory = { 1, INFINITY }, arithmetic = { INFINITY, 1 };
+    const Limits memory = { 1, INFINITY, INFINITY }, arithmetic = { INFINITY, 1, 1 };
     const double weights = 16 * 6 * 1048576.0, table = 32 * 1048576.0, all = weights + table;
     // Of a position 4 * 2 * 16 * 1024 bytes of keys and values, and 4 * 16 * 1024 operations.
     const double keys = 131072, attention = 65536;
@@ -427,7 +471,7 @@ static void run_work(Bench *b, BenchWork *w) {
         double work = run_window(b, w, n);
         after = measure_limits(&b->probe, pages, true);
         Limits between = { (before.bandwidth + after.bandwidth) / 2,
-                           (before.peak + after.peak) / 2 };
+                           (before.peak + after.peak) / 2, (before.dots + after.dots) / 2 };
         double least = least_seconds(b->m, w, n, between);
         shares[n] = least / work;
         taken += work, least_taken += least, tokens += w->sequences * w->tokens;
@@ -469,7 +513,7 @@ static double first_token_seconds(const Model *m) {
 // The limits, and from the shell to the first token. The first time only warms up.
 static void measure_machine(Bench *b, Model *m, BenchResult *r) {
     uint32_t ids[sizeof first_prompt];
-    double one[2][WINDOWS], all[2][WINDOWS], passes[WINDOWS], ratios[WINDOWS];
+    double one[3][WINDOWS], all[3][WINDOWS], passes[WINDOWS], ratios[WINDOWS];
     int n = (int)asked.windows;
     r->first_tokens = (int)encode(m, false, first_prompt, strlen(first_prompt), ids);
     BenchWork first = { .sequences = 1, .tokens = r->first_tokens, .rows = r->first_tokens };
@@ -477,14 +521,14 @@ static void measure_machine(Bench *b, Model *m, BenchResult *r) {
         int at = i < 0 ? 0 : i;
         Limits alone = measure_limits(&b->probe, 0, false);
         Limits together = measure_limits(&b->probe, 0, true);
-        one[0][at] = alone.bandwidth, one[1][at] = alone.peak;
-        all[0][at] = together.bandwidth, all[1][at] = together.peak;
+        one[0][at] = alone.bandwidth, one[1][at] = alone.peak, one[2][at] = alone.dots;
+        all[0][at] = together.bandwidth, all[1][at] = together.peak, all[2][at] = together.dots;
         passes[at] = run_window(b, &first, 0);
         ratios[at] = first_token_seconds(m) / passes[at];
     }
     if (interrupted) return;
-    r->one = (Limits){ median(one[0], n), median(one[1], n) };
-    r->all = (Limits){ median(all[0], n), median(all[1], n) };
+    r->one = (Limits){ median(one[0], n), median(one[1], n), median(one[2], n) };
+    r->all = (Limits){ median(all[0], n), median(all[1], n), median(all[2], n) };
     r->first_pass = median(passes, n);
     r->first = median(ratios, n) * r->first_pass;
 }
@@ -506,8 +550,12 @@ static void show_table(const Bench *b, const BenchResult *r) {
     append_format(&out, "%-28s %9s %9s\n", "this machine", "1 thread", "all");
     append_format(&out, "%-28s %9.1f %9.1f  GB/s\n", "reads", r->one.bandwidth * 1e-9,
                   r->all.bandwidth * 1e-9);
-    append_format(&out, "%-28s %9.1f %9.1f  GFLOP/s\n\n", "multiplies and adds",
+    append_format(&out, "%-28s %9.1f %9.1f  GFLOP/s\n", "multiplies and adds",
                   r->one.peak * 1e-9, r->all.peak * 1e-9);
+    if (b->m->quantized)
+        append_format(&out, "%-28s %9.1f %9.1f  G operations/s\n", "the same with integers",
+                      r->one.dots * 1e-9, r->all.dots * 1e-9);
+    append_string(&out, "\n");
     append_format(&out, "%-28s %9s %9s  share of the limit\n", "this model", "tokens/s", "limit");
     for (const BenchWork *w = r->works; w < r->works + r->n_works; w++) {
         Bytes title = title_of_work(w);
@@ -778,8 +826,9 @@ static void note_limits(PromptFile *f, double taken) {
     f->taken += taken;
     f->could.bytes += taken * (l.bandwidth + before.bandwidth) / 2;
     f->could.operations += taken * (l.peak + before.peak) / 2;
-    f->least = (Limits){ fmin(f->least.bandwidth, l.bandwidth), fmin(f->least.peak, l.peak) };
-    f->most = (Limits){ fmax(f->most.bandwidth, l.bandwidth), fmax(f->most.peak, l.peak) };
+    f->could.dots += taken * (l.dots + before.dots) / 2;
+    f->least = (Limits){ fmin(f->least.bandwidth, l.bandwidth), fmin(f->least.peak, l.peak), 0 };
+    f->most = (Limits){ fmax(f->most.bandwidth, l.bandwidth), fmax(f->most.peak, l.peak), 0 };
     f->limits = l;
     f->resumed = seconds();
 }
@@ -822,7 +871,7 @@ static void count_needs(void *arg, Request *r) {
 static PromptFile run_prompts(Model *m, const Kernels *kernels, Settings settings, long prompts,
                               Guesses *guesses) {
     PromptFile f = { .m = m, .settings = settings, .probe = probe_of(m, kernels),
-                     .prompts = prompts, .least = { INFINITY, INFINITY } };
+                     .prompts = prompts, .least = { INFINITY, INFINITY, 0 } };
     Client client = { &f, .next = next_of_file, .grown = between_passes, .done = count_needs };
     f.settings.ignore_eos = true;
     Scheduler s = scheduler_open(m, kernels, f.settings, client, guesses);
@@ -841,6 +890,7 @@ static void show_prompts(const Kernels *kernels, const PromptFile *f, const Prom
     Needs needed = needs_of(f->m, &f->task);
     double bytes = needed.bytes / f->could.bytes;
     double operations = needed.operations / f->could.operations;
+    if (needed.dots > 0) operations += needed.dots / f->could.dots;
     Bytes out = {0};
     append_format(&out, "%ld prompts, %ld new tokens, %ld passes in %.1f s, %.1f tokens/s, ",
                   f->begun, f->figures.tokens, f->figures.passes, f->taken, speed);

@@ -113,7 +113,6 @@ enum {
     HUGE_PAGE = 2 << 20,        // bytes
     QUANT_GROUP = 64,           // inputs that share a scale in q8 weights
     MOST_HEAD_SIZE = 4096,
-    MOST_QUANT = 16383,         // of the integers that q8 weights are multiplied with
 };
 
 // ---- 1. Ground ----
@@ -835,7 +834,7 @@ static const Format formats[TYPES] = {
 };
 
 // What q8 weights are multiplied with: QUANT_GROUP inputs of the rows of a tile. x is a row's
-// number over its scale, to the nearest whole number from -MOST_QUANT to MOST_QUANT (15 bits); on
+// number over its scale, to the nearest whole number from -most_quant to most_quant (15 bits); on
 // kinds of CPU with PLANES, of four inputs first the high bytes, then the low ones, as weights lie.
 typedef struct {
     int16_t x[TILE][QUANT_GROUP];
@@ -844,6 +843,8 @@ typedef struct {
     int32_t zero[8];           // so that the next begins a cache line
 } QuantGroup;
 _Static_assert(sizeof(QuantGroup) % LINE_BYTES == 0, "groups begin cache lines");
+
+static const float most_quant = 16383;
 
 // One matrix [outputs][inputs] of weights; keys and values of a page are such too.
 typedef struct {
@@ -1267,7 +1268,7 @@ static void die_not_finite(const Model *m) {
 }
 
 // A section to be written: its offset is found here, its checksum stands in it; and its bytes, or,
-// where data is NULL, who makes them from another section, in memory that serves until the next.
+// where somebody makes them, from what: into memory that serves until the next are made.
 typedef struct {
     Section section;
     const void *data;
@@ -1295,7 +1296,7 @@ static void write_sections(Writer *out, Part *parts, uint32_t n) {
     for (Part *p = parts; p < parts + n; p++) write_all(out, &p->section, sizeof p->section);
     for (Part *p = parts; p < parts + n; at = p->section.offset + p->section.size, p++) {
         for (; at < p->section.offset; at++) write_all(out, "", 1);
-        write_all(out, p->data ? p->data : p->make(p->arg, p->source), p->section.size);
+        write_all(out, p->make ? p->make(p->arg, p->source) : p->data, p->section.size);
     }
     for (; at < h.file_size; at++) write_all(out, "", 1);
 }
@@ -1432,7 +1433,7 @@ typedef struct {
 #elif defined(__aarch64__)
 #define RELAX() __asm__ volatile("yield")
 #define KIND neondot
-#define TARGET __attribute__((target("+dotprod")))
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #define LANES 4
 #define ROWS 6
 #define PANELS_AT_ONCE 1
@@ -1869,7 +1870,7 @@ static TARGET void NAME(quantize)(int rows, int columns, const float *x, QuantGr
         float largest, scale = 0, factor = 0;
         memcpy(&largest, &most, sizeof largest);
         if (most >= NOT_FINITE) scale = NAN;
-        else if (largest > 1e-30f) scale = largest / MOST_QUANT, factor = MOST_QUANT / largest;
+        else if (largest > 1e-30f) scale = largest / most_quant, factor = most_quant / largest;
         for (int g = 0; g < n; g++) {
             ivec sums = {0};
             int32_t sum = 0;
@@ -5327,7 +5328,7 @@ enum { SHADES = sizeof shades / sizeof *shades, MOST_BITS = 12 };
 static int shade_of(double logprob) {
     double bits = -logprob / 0.69314718055994531;
     if (!(bits > 1)) return 0;
-    return bits >= MOST_BITS ? SHADES : 1 + (int)((bits - 1) / (MOST_BITS - 1) * (SHADES - 1));
+    return bits >= (double)MOST_BITS ? SHADES : 1 + (int)((bits - 1) / (MOST_BITS - 1) * (SHADES - 1));
 }
 
 static void append_shade(Bytes *out, int shade) {

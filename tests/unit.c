@@ -117,8 +117,8 @@ typedef struct {
 static void plain_quantize(PlainQ8 *q, int r, const float *x, int n, int padded_to) {
     float largest = 0;
     for (int i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
-    q->scale[r] = largest / MOST_QUANT;
-    float factor = MOST_QUANT / largest;
+    q->scale[r] = largest / most_quant;
+    float factor = most_quant / largest;
     for (int i = 0; i < padded_to; i++) q->x[r][i] = i < n ? (int)nearbyint(x[i] * factor) : 0;
 }
 

@@ -105,11 +105,11 @@ static vec_neon fma_neon(vec_neon a, vec_neon b, vec_neon c) {
 }
 #define SDOT(w, x, s) (vec)vdotq_s32((int32x4_t)(s), (int8x16_t)(w), (int8x16_t)(x))
 LOOPS(neon, , 24, fma_neon, 16, DOT_PLAIN, 2)
-static __attribute__((target("+dotprod")))
+static __attribute__((target("arch=armv8.2-a+dotprod")))
 vec_neondot fma_neondot(vec_neondot a, vec_neondot b, vec_neondot c) {
     return (vec_neondot)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
-LOOPS(neondot, __attribute__((target("+dotprod"))), 24, fma_neondot, 16, SDOT, 4)
+LOOPS(neondot, __attribute__((target("arch=armv8.2-a+dotprod"))), 24, fma_neondot, 16, SDOT, 4)
 #endif
 
 static vec_portable fma_portable(vec_portable a, vec_portable b, vec_portable c) {

@@ -1303,12 +1303,12 @@ static void write_sections(Writer *out, Part *parts, uint32_t n) {
 
 // ---- 4. Lanes ----
 // What differs between kinds of CPU, and all of it: a vector's width, how many rows of sums fit in
-// the registers (ROWS x VECTORS accumulators), the fused multiply-add, the splat, and HALVES, which
-// widens numbers of 16 bits (gcc 12 needs five instructions for one, left to itself). Room 5 is
-// compiled once for each kind by including this file again with these set (an editor may grey it
-// out). Compiler vectors do the rest. Which kind runs is decided when the program starts; no kind
-// gives other bits, only other speeds. A new kind of CPU is a block here and a line in
-// choose_kernels.
+// the registers (ROWS x VECTORS accumulators), the fused multiply-add, the splat, and UPPER_HALVES,
+// which widens numbers of 16 bits to upper halves of 32 (gcc 12, left to itself, needs five
+// instructions where AVX-512 has one). Room 5 is compiled once for each kind by including this file
+// again with these set (an editor may grey it out). Compiler vectors do the rest. Which kind runs
+// is decided when the program starts; no kind gives other bits, only other speeds. A new kind of
+// CPU is a block here and a line in choose_kernels.
 
 // n panels of weights, in pairs: the two of a pair lie `stride` bytes apart, a pair and the one
 // behind it `next` bytes.
@@ -1385,6 +1385,12 @@ typedef struct {
 
 #if defined(__x86_64__)
 #define RELAX() _mm_pause()   // tells the core that a loop only waits
+
+// Number i of 16 goes to word 2 i + 1, and 0 to the others. (Measured: 12 rows of bf16 4% faster
+// than by widening and shifting.)
+#define UPPER_HALVES_512(p) _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, \
+    _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16), \
+    _mm512_castsi256_si512(_mm256_loadu_si256(p)))
 #define KIND avx512vnni
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vnni,fma")))
 #define LANES 16
@@ -1392,7 +1398,7 @@ typedef struct {
 #define PANELS_AT_ONCE 2
 #define FMA(a, b, c) (vec)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
 #define SPLAT(x) (vec)_mm512_set1_ps(x)
-#define HALVES(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256(p))
+#define UPPER_HALVES(p) UPPER_HALVES_512(p)
 #define QROWS 6
 #define QVECTORS 2
 #define PLANES 0
@@ -1407,7 +1413,7 @@ typedef struct {
 #define PANELS_AT_ONCE 2
 #define FMA(a, b, c) (vec)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
 #define SPLAT(x) (vec)_mm512_set1_ps(x)
-#define HALVES(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256(p))
+#define UPPER_HALVES(p) UPPER_HALVES_512(p)
 #define QROWS 6
 #define QVECTORS 2
 #define PLANES 0
@@ -1422,7 +1428,7 @@ typedef struct {
 #define PANELS_AT_ONCE 1
 #define FMA(a, b, c) (vec)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
 #define SPLAT(x) (vec)_mm256_set1_ps(x)
-#define HALVES(p) _mm256_cvtepu16_epi32(_mm_loadu_si128(p))
+#define UPPER_HALVES(p) _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16)
 #define QROWS 2
 #define QVECTORS 4
 #define PLANES 0
@@ -1439,7 +1445,7 @@ typedef struct {
 #define PANELS_AT_ONCE 1
 #define FMA(a, b, c) (vec)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b))
 #define SPLAT(x) (vec)vdupq_n_f32(x)
-#define HALVES(p) vmovl_u16(vld1_u16(p))
+#define UPPER_HALVES(p) vshll_n_u16(vld1_u16(p), 16)
 #define QROWS 2
 #define QVECTORS 4
 #define PLANES 1
@@ -1454,7 +1460,7 @@ typedef struct {
 #define PANELS_AT_ONCE 1
 #define FMA(a, b, c) (vec)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b))
 #define SPLAT(x) (vec)vdupq_n_f32(x)
-#define HALVES(p) vmovl_u16(vld1_u16(p))
+#define UPPER_HALVES(p) vshll_n_u16(vld1_u16(p), 16)
 #define QROWS 2
 #define QVECTORS 4
 #define PLANES 0
@@ -1475,7 +1481,7 @@ typedef struct {
 #define FMA(a, b, c) (vec){ fmaf((a)[0], (b)[0], (c)[0]), fmaf((a)[1], (b)[1], (c)[1]), \
                             fmaf((a)[2], (b)[2], (c)[2]), fmaf((a)[3], (b)[3], (c)[3]) }
 #define SPLAT(x) (vec){ x, x, x, x }
-#define HALVES(p) __builtin_convertvector(*(const NAME(halves) *)(p), uvec)
+#define UPPER_HALVES(p) (__builtin_convertvector(*(const NAME(halves) *)(p), uvec) << 16)
 #define QROWS 2
 #define QVECTORS 4
 #define PLANES 0
@@ -1559,7 +1565,7 @@ INLINE vec NAME(weights_at)(const Type type, const char *w, long stride, const i
     const char *panel = w + v / PER_BLOCK * stride;
     if (type == TYPE_F32) return LOAD(panel + v % PER_BLOCK * LANES * (int)sizeof(float));
     const void *at = panel + v % PER_BLOCK * LANES * (int)sizeof(uint16_t);
-    return (vec)((ivec)HALVES(at) << 16);
+    return (vec)UPPER_HALVES(at);
 }
 
 // The place of vector v of row r among the sums.
@@ -2138,7 +2144,7 @@ static const Kernels NAME(kernels) = {
 #undef PANELS_AT_ONCE
 #undef FMA
 #undef SPLAT
-#undef HALVES
+#undef UPPER_HALVES
 #undef QROWS
 #undef QVECTORS
 #undef PLANES
@@ -5328,7 +5334,8 @@ enum { SHADES = sizeof shades / sizeof *shades, MOST_BITS = 12 };
 static int shade_of(double logprob) {
     double bits = -logprob / 0.69314718055994531;
     if (!(bits > 1)) return 0;
-    return bits >= (double)MOST_BITS ? SHADES : 1 + (int)((bits - 1) / (MOST_BITS - 1) * (SHADES - 1));
+    if (bits >= (double)MOST_BITS) return SHADES;
+    return 1 + (int)((bits - 1) / (MOST_BITS - 1) * (SHADES - 1));
 }
 
 static void append_shade(Bytes *out, int shade) {

@@ -52,6 +52,8 @@ typedef struct {
 #define BEGIN_SUM(i, FMA) vec s##i = y + (float)(i);
 #define BEGIN_DOT(i, DOT) vec s##i = y + i;
 #define ADD_TO_SUM(i, FMA) if (i < SUMS) s##i = FMA(x, y, s##i);
+// A sum is a factor too: else products of the same factors are made once for all.
+#define ADD_TO_DOT(i, DOT) if (i < SUMS) s##i = DOT(s##i, x, s##i);
 #define END_SUM(i, FMA) total += s##i;
 
 #define LOOPS(KIND, TARGET, SUMS_THERE, FMA, DOT_SUMS, DOT, PRODUCTS) \
@@ -82,7 +84,7 @@ typedef struct {
         enum { SUMS = DOT_SUMS, LANES = sizeof(vec) / sizeof *sum }; \
         vec x = (vec){0} + 0x10003, y = (vec){0} + (int)*sum, total = {0}; \
         EACH_SUM(BEGIN_DOT, DOT) \
-        for (int i = 0; i < n; i++) { EACH_SUM(ADD_TO_SUM, DOT) } \
+        for (int i = 0; i < n; i++) { EACH_SUM(ADD_TO_DOT, DOT) } \
         EACH_SUM(END_SUM, DOT) \
         for (int i = 0; i < LANES; i++) *sum += (float)total[i]; \
         return (double)(SUMS * LANES) * 2 * PRODUCTS * n; \

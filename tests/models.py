@@ -226,6 +226,24 @@ def repeat_kv(config, weights, n_kv):
     return twin
 
 
+def multi_head(source):
+    """(config, weights) of a directory's model as transformers knows it: if it is grouped-query,
+    its multi-head twin."""
+    from naive import read_tensors
+    config = json.loads((Path(source) / "config.json").read_text())
+    weights = {}
+    for name, rows in read_tensors(source).items():
+        matrix = isinstance(rows, list)
+        flat = array("f", (x for row in rows for x in row) if matrix else rows)
+        weights[name] = ([len(rows), len(rows[0])] if matrix else [len(rows)], flat)
+    heads, size = config["num_attention_heads"], config["hidden_size"]
+    height = weights["gpt_neox.layers.0.attention.query_key_value.weight"][0][0]
+    n_kv = (height * heads // size - heads) // 2
+    if n_kv < heads:
+        weights = repeat_kv(config, weights, n_kv)
+    return dict(config, torch_dtype="float32"), weights
+
+
 # ---- Files ------------------------------------------------------------------------------------
 
 def to_bytes(values, dtype):

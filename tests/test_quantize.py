@@ -1,4 +1,5 @@
 """Weights of other types: what --quantize writes, and one arithmetic within each type."""
+import math
 import shutil
 import signal
 import struct
@@ -10,6 +11,7 @@ from array import array
 from harness import (KL3M, expect, export, once, run_kl3m, small_directory, small_model, test,
                      tiny_model, tmpdir)
 from test_cli import File
+from models import make_config, make_weights, save_model
 from naive import Naive
 from test_forward import (KINDS, LONG, LONG_TEXT, TEXT, check_close, generate_one, logits, rows,
                           tokens)
@@ -171,6 +173,40 @@ def q8_file():
                         assert abs((byte - 128) * scale - x) <= scale * 0.5001, (name, byte, x)
         assert ", q8 weights," in run_kl3m("-m", made, "--info").text
         expect(run_kl3m("-m", made, "--verify").code, 0)
+
+
+@test("--quantize q8 takes outliers out of the norms: channels made 64 times as large, their columns as much smaller, give the same file")
+def equalized():
+    config = make_config()
+    plain, loud = make_weights(config), make_weights(config)
+    hidden = config["hidden_size"]
+    pairs = [("gpt_neox.final_layer_norm", "embed_out.weight")]
+    for n in range(config["num_hidden_layers"]):
+        layer = "gpt_neox.layers.%d." % n
+        pairs += [(layer + "input_layernorm", layer + "attention.query_key_value.weight"),
+                  (layer + "post_attention_layernorm", layer + "mlp.dense_h_to_4h.weight")]
+    changed = 0
+    for norm, reader in pairs:
+        size = [math.hypot(loud[norm + ".weight"][1][i], loud[norm + ".bias"][1][i])
+                for i in range(hidden)]
+        median = sorted(size)[hidden // 2]
+        for i in range(0, hidden, 7):
+            if not 0.8 < size[i] / median < 1.25:
+                continue       # the nearest power would be another than 64
+            changed += 1
+            for part in (".weight", ".bias"):
+                loud[norm + part][1][i] *= 64
+            for at in range(i, len(loud[reader][1]), hidden):
+                loud[reader][1][at] /= 64
+    assert changed > 10, changed
+    files = []
+    for weights in (plain, loud):
+        folder = tmpdir()
+        save_model(folder, config, weights)
+        files.append(sections(quantized("q8", export(folder))[0]))
+    for name in files[0]:
+        if name != "about":    # it names the folder
+            expect(files[1][name], files[0][name], name)
 
 
 class HalfCache(Naive):

@@ -14,7 +14,6 @@ sys.dont_write_bytecode = True
 import functools
 import json
 import os
-from array import array
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -27,7 +26,6 @@ from lm_eval.tasks import TaskManager
 import lm_eval_kl3m
 import models
 from harness import KL3M, ROOT, expect, run_tests, selected, test, tiny_model, tmpdir
-from naive import read_tensors
 
 # A beginning, its right ending, three others. They are cut at tokens: before a space.
 ENDINGS = [
@@ -83,19 +81,7 @@ def write_tasks(folder):
 def twin():
     """tests/tiny as transformers reads it: multi-head, with the names of its special tokens."""
     source, folder = ROOT / "tests" / "tiny", tmpdir()
-    config = json.loads((source / "config.json").read_text())
-    weights = {}
-    for name, rows in read_tensors(source).items():
-        matrix = isinstance(rows, list)
-        flat = array("f", (x for row in rows for x in row) if matrix else rows)
-        weights[name] = ([len(rows), len(rows[0])] if matrix else [len(rows)], flat)
-    size = config["hidden_size"] // config["num_attention_heads"]
-    rows = weights["gpt_neox.layers.0.attention.query_key_value.weight"][0][0]
-    n_kv = (rows // size - config["num_attention_heads"]) // 2
-    if n_kv < config["num_attention_heads"]:
-        weights = models.repeat_kv(config, weights, n_kv)
-    models.save_model(folder, dict(config, torch_dtype="float32"), weights,
-                      tokenizer=source / "tokenizer.json")
+    models.save_model(folder, *models.multi_head(source), tokenizer=source / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|start|>",
         "eos_token": "<|end|>", "pad_token": "<|pad|>"}))

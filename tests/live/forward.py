@@ -90,9 +90,9 @@ def torch_uniform(seed):
 class Model:
     """A random model: its files, its exported file, and transformers with the same weights."""
 
-    def __init__(self, config, n_kv=None, seed=0, uniform=None):
+    def __init__(self, config, n_kv=None, seed=0, uniform=None, weights=None):
         self.config, self.directory, self.n_kv = config, tmpdir(), n_kv
-        weights = models.make_weights(config, n_kv, seed, uniform)
+        weights = weights or models.make_weights(config, n_kv, seed, uniform)
         tokenizer = numbered_tokenizer(config["vocab_size"])
         models.save_model(self.directory, config, weights, tokenizer=tokenizer)
         self.bin = export(self.directory)
@@ -115,9 +115,12 @@ class Model:
     def prompt(self, count, seed=0):
         """Random ids and the file whose text they are."""
         ids = random.Random(seed).choices(range(263, self.config["vocab_size"]), k=count)
+        return ids, self.file_of(ids)
+
+    def file_of(self, ids):
         path = tmpdir() / "prompt"
         path.write_bytes(b"".join(map(token_text, ids)))
-        return ids, path
+        return path
 
     def logits(self, path, count):
         """What kl3m computes, mapped from its file."""

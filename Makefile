@@ -29,6 +29,8 @@ demo.bin: $(OUT) export_weights.py tests/tiny/config.json tests/tiny/tokenizer.j
 # The last step holds the file against the outputs that its makers published.
 model: $(OUT) $(MODEL)
 	$(PYTHON) tests/card.py $(MODEL)
+	@echo "./$(OUT) -m $(MODEL) --quantize q8 -o OUT writes it in a quarter of the size: four times" \
+		"as fast for one text (README, Weight types)"
 
 # Then it teaches itself what it is likely to say: guesses that make decoding faster, and change no
 # text. A newer program is no reason to make it again (GNU make could say so with "| $(OUT)", which

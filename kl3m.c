@@ -11,7 +11,8 @@
 //      nothing, and the blocks' sums are added in their order. Sums over positions, attention's,
 //      are one chain. Or, where outputs are few (norms, softmax), 16 partial sums of every 16th
 //      term are folded in one fixed tree. A SIMD lane is an output or one of the 16, so the width
-//      of the CPU's vectors changes nothing.
+//      of the CPU's vectors changes nothing. Of q8 weights a chain is one over groups of inputs,
+//      whose sums are exact integers, up to CHUNK inputs.
 //   Rule 2. Multiplications and additions are fused where FMA is written and nowhere else:
 //      -ffp-contract=off.
 //   Rule 3. exp, the normal distribution, sines and powers are ours: a C library promises no bits.
@@ -964,11 +965,17 @@ static long row_bytes(Type type, int columns) {
     return (long)((columns + f->unit_inputs - 1) / f->unit_inputs) * f->unit_bytes / PAIR;
 }
 
+static uint64_t matrix_bytes(Type type, uint32_t layout, int rows, int columns) {
+    return (uint64_t)(layout == PANELS ? panels_bytes(type, rows, columns)
+                                       : rows * row_bytes(type, columns));
+}
+
 // The upper half of a float's bits, rounded to nearest, ties to even. A finite number may become
-// infinite.
+// infinite; what is no number stays none.
 static uint16_t to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7FFFFFFF) > 0x7F800000) return 0x7FC0;
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
@@ -1056,15 +1063,13 @@ static void find_tensor(Model *m, const char *name, const Tensor *t, uint32_t *a
     // Vectors are f32, matrices what they say, if the program knows it.
     bool weights = t->matrix && s->type > TYPE_BYTES && s->type < TYPES;
     Type type = weights ? (Type)s->type : TYPE_F32;
-    long bytes = t->layout == PANELS ? panels_bytes(type, t->rows, t->cols)
-               : t->vector           ? row_bytes(type, padded(t->cols))
-                                     : t->rows * row_bytes(type, t->cols);
+    uint64_t bytes = matrix_bytes(type, t->layout, t->rows, t->vector ? padded(t->cols) : t->cols);
     if (s->type != type || s->rows != (uint32_t)t->rows || s->cols != (uint32_t)t->cols ||
-        s->layout != t->layout || s->size != (uint64_t)bytes)
+        s->layout != t->layout || s->size != bytes)
         die("%s: %s: found type %u, %u x %u, layout %u, %llu bytes; expected type %d, %d x %d, "
-            "layout %u, %ld bytes; export the model again", m->path, name, s->type, s->rows,
+            "layout %u, %llu bytes; export the model again", m->path, name, s->type, s->rows,
             s->cols, s->layout, (unsigned long long)s->size, type, t->rows, t->cols, t->layout,
-            bytes);
+            (unsigned long long)bytes);
     const void *place = m->map + s->offset;
     if (t->vector) *t->vector = place;
     else *t->matrix = (Matrix){ place, type, t->rows, t->cols };
@@ -1720,7 +1725,8 @@ void NAME(product_bf16)(Factor a, const Panels *w, const Ahead *ahead, Sums c) {
 }
 
 // The same of q8 weights and QuantGroups. A group's sums are exact integers; they become floats,
-// times the outputs' scales, added in the groups' order; the row's scale comes last. Row r has
+// times the outputs' scales, added in the groups' order; the row's scale comes last, once a call
+// (and so once for each CHUNK inputs). Row r has
 // QVECTORS sums of integers, two of each kind where there are registers, so that a sum need not
 // wait for the one before it.
 #define QUANT_TWICE (R * QVECTORS <= 4 || PLANES)
@@ -1858,7 +1864,7 @@ INLINE void NAME(split_planes)(int16_t *x) {
 }
 
 // The rows of a tile become integers: groups[columns / QUANT_GROUP, rounded up]. x has its columns
-// up to a multiple of PAIR; those that are not there count as 0. A row that holds a number that is
+// up to a multiple of PAIR, 0 behind those that there are. A row that holds a number that is
 // not finite gets the scale NaN; one whose numbers are next to nothing becomes 0.
 static TARGET void NAME(quantize)(int rows, int columns, const float *x, QuantGroup *groups) {
     enum { NOT_FINITE = 0x7F800000 };
@@ -2070,6 +2076,8 @@ static TARGET void NAME(to_halves)(int n, const float *x, uint16_t *y) {
     for (int i = 0; i < n; i += LANES) {
         uvec bits = (uvec)LOAD(x + i);
         uvec half = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        uvec none = (uvec)((ivec)(bits & 0x7FFFFFFF) > 0x7F800000);
+        half = (half & ~none) | (none & 0x7FC0);
         *(NAME(halves) *)(void *)(y + i) = __builtin_convertvector(half, NAME(halves));
     }
 }
@@ -2559,7 +2567,7 @@ typedef struct {
 // next CHUNK meanwhile: with 1,024 inputs the whole next pair. (Measured, 16 rows: fetching 128
 // steps ahead while the first tile was multiplied left memory idle during the second, 40 ms a pass;
 // this way 27.) With FEW rows memory alone decides, and the CPU's own prefetching keeps it busier
-// (measured: decoding 8% faster).
+// (measured: decoding 8% faster). CHUNK is part of q8's arithmetic: another gives other bits.
 enum { GROUP = 5, CHUNK = 1024, FEW = 4 };
 _Static_assert(CHUNK % SUM_BLOCK == 0 && CHUNK % QUANT_GROUP == 0, "they begin at fixed inputs");
 
@@ -3029,6 +3037,8 @@ static Work work_open(const Model *m, const Kernels *kernels, int max_rows, int 
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
         *table[i].field = allocate_raw(table[i].rows, table[i].columns * sizeof(float),
                                        LINE_BYTES);
+    // What attention does not write is 0 (q8's rows of integers look at it).
+    if (c->q % PAIR) memset(w.attended, 0, rows * (size_t)padded(c->q) * sizeof *w.attended);
     const int columns[QUANTIZED] = { c->hidden, c->hidden, c->q, c->intermediate, c->hidden };
     for (int i = 0; i < QUANTIZED && m->quantized; i++)
         w.quants[i] = allocate_raw((i == FINAL ? logit_rows : rows) / TILE,
@@ -3583,7 +3593,7 @@ typedef struct { uint32_t id; double logprob; } Ranked;
 static void find_ranks(const Sampler *s, const float *logits, int n, uint32_t token, int likeliest,
                        Ranked *found) {
     find_maxima(s, logits, n);
-    int count = take_top(logits, n, likeliest, s->maxima, s->candidates);
+    int count = take_top(logits, n, likeliest < n ? likeliest : n, s->maxima, s->candidates);
     float largest = s->candidates[0].logit;
     s->kernels->exp_sums(n, largest, logits, s->sums);
     double total = 0;
@@ -4058,7 +4068,8 @@ static void begin_request(Request *r, const Settings *s) {
 // copies the prompt's last page, if it is not whole; the last one may have it.
 static Continuation *start_continuation(Pages *p, const Settings *s, Request *r, int behind) {
     Continuation *c = &r->continuations[r->started++];
-    size_t tokens = (size_t)(s->scores ? c->n_known : r->limit);
+    int scored = c->n_known > c->unscored ? c->n_known - c->unscored : 0;
+    size_t tokens = (size_t)(s->scores ? scored : r->limit);
     if (!s->scores) c->ids = allocate(tokens, sizeof *c->ids);
     int likeliest = likeliest_of(s);
     if (likeliest)
@@ -4365,6 +4376,7 @@ static void admit(Scheduler *s) {
 
 static int by_age(const void *a, const void *b) {
     const Prefill *x = a, *y = b;
+    if (x->continuation == y->continuation && x->request == y->request) return 0;
     if (x->request != y->request) return x->request->number < y->request->number ? -1 : 1;
     return x->continuation->number < y->continuation->number ? -1 : 1;
 }
@@ -5455,6 +5467,7 @@ static void show_done(Results *o, Request *r) {
     if (o->shape == OBJECTS) append_object(&out, o, r);
     else if (figures_there) append_figures(&out, o, r);
     else if (o->shape == HEAT) end_heat(o, &out);
+    else if (o->settings->scores) append(&out, o->end, 1);
     else for (; r->delivered < o->returns; r->delivered++) append(&out, o->end, 1);
     print(&out);
 }
@@ -5935,7 +5948,14 @@ static void check_room(const Options *o, double need, const Output *out) {
         die("%s: the disk has %.0f MB left, %.0f are needed", o->out, room * 1e-6, need * 1e-6);
 }
 
-static void say_learnt(const Options *o, const Learning *l, size_t own) {
+// On standard output; or, where what was written may lie there, on standard error.
+static void tell(Bytes *said, bool direct) {
+    if (direct) write_error(said->data, said->size);
+    else print(said);
+    free(said->data);
+}
+
+static void say_learnt(const Options *o, const Learning *l, size_t own, bool direct) {
     Bytes said = {0};
     append_text(&said, o->out, strlen(o->out), IN_A_LINE);
     append_format(&said, ": the model with a table of guesses from %ld tokens of its own",
@@ -5945,7 +5965,7 @@ static void say_learnt(const Options *o, const Learning *l, size_t own) {
         append_text(&said, o->source.file, strlen(o->source.file), IN_A_LINE);
     }
     append_string(&said, "\n");
-    print(&said);
+    tell(&said, direct);
 }
 
 // Of a text of the user's, last, so it counts most. Returns its tokens.
@@ -5970,6 +5990,7 @@ static int learn_guesses(const Options *o, Model *m, const Kernels *kernels) {
     size_t own = 0;
     if (o->source.file) text = read_file(o->source.file);
     Output out = output_open(o->out);          // now, not when all is done: it may not be possible
+    bool direct = out.temporary == NULL;
     check_room(o, (double)m->size + (double)TABLE_BYTES, &out);
     double start = seconds();
     Scheduler s = scheduler_open(m, kernels, o->settings, client, NULL);
@@ -5983,7 +6004,7 @@ static int learn_guesses(const Options *o, Model *m, const Kernels *kernels) {
                     l.learnt, seconds() - start);
     }
     output_close(&out, !interrupted);
-    if (!interrupted && !o->quiet) say_learnt(o, &l, own);
+    if (!interrupted && !o->quiet) say_learnt(o, &l, own, direct);
     free(text.data);
     guesses_close(&l.table);
     scheduler_close(&s);
@@ -6001,6 +6022,7 @@ typedef struct {
     char *packed;              // a section; room for the largest
     const Section *source;     // of what is packed now
     float *powers;             // [its columns] that they are multiplied with before
+    float *sizes;              // [hidden] scratch
     atomic_bool broken;        // some weight is not finite in this type
     atomic_bool changed;       // some weight is another number in this type
     double done, whole;        // bytes of matrices, each twice
@@ -6033,19 +6055,46 @@ static void pack_bf16(void *arg, int piece, int thread) {
 // no product. (Measured on random weights with 1 channel of 100 20 to 100 times as large:
 // divergence 0.0010 instead of 0.020.) Each norm has one reader.
 
-static const struct { const char *norm, *reader; } readers[] = {
-    { "input_layernorm", "attention.query_key_value.weight" },
-    { "post_attention_layernorm", "mlp.dense_h_to_4h.weight" },
-    { "final_layer_norm", "embed_out.weight" },
-};
+typedef struct { const float *weight, *bias; } NormParts;
 
-enum { READERS = sizeof readers / sizeof *readers };
+// The tensor that is this section, by its place and size: what else a file may hold is copied. A
+// matrix, and the norm that it alone reads (both NULL: there is none); NULL: it is no matrix.
+static const Matrix *matrix_at(const Model *m, const Section *s, NormParts *norm) {
+    const void *place = m->map + s->offset;
+    const Matrix *found = NULL;
+    *norm = (NormParts){ NULL, NULL };
+    if (place == m->embed_in.at) found = &m->embed_in;
+    if (place == m->embed_out.at) {
+        found = &m->embed_out;
+        *norm = (NormParts){ m->norm, m->norm_bias };
+    }
+    for (const Layer *l = m->layers; l < m->layers + m->c.layers && found == NULL; l++) {
+        if (place == l->qkv.at) found = &l->qkv, *norm = (NormParts){ l->norm1, l->norm1_bias };
+        if (place == l->up.at) found = &l->up, *norm = (NormParts){ l->norm2, l->norm2_bias };
+        if (place == l->dense.at) found = &l->dense;
+        if (place == l->down.at) found = &l->down;
+    }
+    if (found == NULL || s->type != (uint32_t)found->type) return NULL;
+    bool table = found == &m->embed_in;
+    uint32_t layout = table ? ROW_MAJOR : PANELS;
+    bool same = s->rows == (uint32_t)found->outputs && s->cols == (uint32_t)found->inputs &&
+                s->layout == layout &&
+                s->size == matrix_bytes(found->type, layout, found->outputs, found->inputs);
+    return same ? found : NULL;
+}
 
-// A section's name behind "layers.N.", if it begins so.
-static const char *name_in_layer(const Section *s) {
-    if (strncmp(s->name, "layers.", 7) != 0) return s->name;
-    const char *dot = strchr(s->name + 7, '.');
-    return dot ? dot + 1 : s->name;
+// The norm that this section is a part of; both NULL: it is none's.
+static NormParts norm_at(const Model *m, const Section *s) {
+    const void *place = m->map + s->offset;
+    if (s->size != (uint64_t)row_bytes(TYPE_F32, padded(m->c.hidden))) return (NormParts){ 0 };
+    if (place == m->norm || place == m->norm_bias) return (NormParts){ m->norm, m->norm_bias };
+    for (const Layer *l = m->layers; l < m->layers + m->c.layers; l++) {
+        if (place == l->norm1 || place == l->norm1_bias)
+            return (NormParts){ l->norm1, l->norm1_bias };
+        if (place == l->norm2 || place == l->norm2_bias)
+            return (NormParts){ l->norm2, l->norm2_bias };
+    }
+    return (NormParts){ NULL, NULL };
 }
 
 // The nearest power of two to x > 0, as its exponent.
@@ -6060,23 +6109,18 @@ static int by_number(const void *a, const void *b) {
 }
 
 // The powers of two that a norm is divided by, into q->powers[hidden]: how much larger, or smaller,
-// a channel leaves it than the median one does; 1 where it is not at least four times.
-static void find_powers(Quantizing *q, const Section *s, const char *norm) {
+// a channel leaves it than the median one does; 1 where it is not at least four times. Of no norm:
+// n times 1.
+static void find_powers(Quantizing *q, NormParts norm, int n) {
     enum { LEAST_POWER = 2, MOST_POWER = 20 };
-    int n = q->m->c.hidden;
-    size_t layer = (size_t)(name_in_layer(s) - s->name);
-    const float *parts[2];
-    for (int i = 0; i < 2; i++) {
-        char name[96];
-        snprintf(name, sizeof name, "%.*s%s.%s", (int)layer, s->name, norm, i ? "bias" : "weight");
-        parts[i] = (const void *)(q->m->map + find_section(q->m, name)->offset);
-    }
-    float *sorted = allocate((size_t)n, sizeof *sorted);
+    for (int i = 0; i < n; i++) q->powers[i] = 1;
+    if (norm.weight == NULL) return;
+    float *sizes = q->sizes;
     for (int i = 0; i < n; i++)        // of a normed number: its mean is 0, its variance 1
-        sorted[i] = q->powers[i] = sqrtf(parts[0][i] * parts[0][i] + parts[1][i] * parts[1][i]);
-    qsort(sorted, (size_t)n, sizeof *sorted, by_number);
-    float median = sorted[n / 2];
-    free(sorted);
+        sizes[i] = sqrtf(norm.weight[i] * norm.weight[i] + norm.bias[i] * norm.bias[i]);
+    memcpy(q->powers, sizes, (size_t)n * sizeof *sizes);
+    qsort(sizes, (size_t)n, sizeof *sizes, by_number);
+    float median = sizes[n / 2];
     for (int i = 0; i < n; i++) {
         float ratio = q->powers[i] / median;
         int power = ratio > 0 && ratio <= FLT_MAX ? nearest_power(ratio) : 0;
@@ -6090,28 +6134,10 @@ static const void *pack_norm(void *arg, const Section *source) {
     Quantizing *q = arg;
     const float *from = (const void *)(q->m->map + source->offset);
     float *to = (void *)q->packed;
-    for (int i = 0; i < READERS; i++) {
-        size_t n = strlen(readers[i].norm);
-        if (strncmp(name_in_layer(source), readers[i].norm, n) == 0)
-            find_powers(q, source, readers[i].norm);
-    }
+    find_powers(q, norm_at(q->m, source), q->m->c.hidden);
     memcpy(to, from, source->size);
     for (int i = 0; i < q->m->c.hidden; i++) to[i] = from[i] / q->powers[i];
     return to;
-}
-
-// What the columns of a matrix are multiplied with.
-static void find_column_powers(Quantizing *q) {
-    for (int i = 0; i < (int)q->source->cols; i++) q->powers[i] = 1;
-    for (int i = 0; i < READERS; i++)
-        if (strcmp(name_in_layer(q->source), readers[i].reader) == 0)
-            find_powers(q, q->source, readers[i].norm);
-}
-
-static bool is_norm(const Section *s) {
-    for (int i = 0; i < READERS; i++)
-        if (strncmp(name_in_layer(s), readers[i].norm, strlen(readers[i].norm)) == 0) return true;
-    return false;
 }
 
 // A group of weights, `stride` floats apart, n of them, to be multiplied with powers of two: their
@@ -6130,7 +6156,8 @@ static uint16_t pack_group(Quantizing *q, Weights w, uint8_t *to, const int plac
     uint16_t scale = to_bf16(largest / 127);
     if (from_bf16(scale) < largest / 127) scale++;
     if (broken) atomic_store(&q->broken, true);
-    if (from_bf16(scale) > 0) inverse = 1 / from_bf16(scale);
+    if (largest > 1e-30f) inverse = 1 / from_bf16(scale);
+    else scale = 0;                            // next to nothing: 1 / scale might overflow
     for (int i = 0; i < QUANT_GROUP; i++) {
         bool there = i < w.n && !broken;
         float x = there ? rintf(w.at[i * w.stride] * w.powers[i] * inverse) : 0;
@@ -6184,6 +6211,12 @@ static void show_packed(Quantizing *q) {
     q->shown = seconds();
 }
 
+__attribute__((noreturn))
+static void die_broken(const Quantizing *q, const Section *source) {
+    die("%s: %s has weights that are not finite in %s; kl3m --verify checks the file", q->m->path,
+        source->name, formats[q->type].name);
+}
+
 // A matrix's bytes in the new type.
 static const void *pack(void *arg, const Section *source) {
     Quantizing *q = arg;
@@ -6191,21 +6224,17 @@ static const void *pack(void *arg, const Section *source) {
     q->source = source;
     size_t floats = source->size / sizeof(float);
     int rows = (int)source->rows;
-    if (q->type == TYPE_Q8) find_column_powers(q);
+    NormParts norm;
+    matrix_at(q->m, source, &norm);
+    if (q->type == TYPE_Q8) find_powers(q, norm, (int)source->cols);
     if (q->type == TYPE_BF16)
         parallel((int)((floats + PACKED_AT_ONCE - 1) / PACKED_AT_ONCE), pack_bf16, q);
     else if (source->layout == PANELS) parallel(padded(rows) / PAIR, pack_q8_pair, q);
     else parallel(rows, pack_q8_row, q);
-    if (atomic_load(&q->broken))
-        die("%s: %s has weights that are not finite in %s; kl3m --verify checks the file",
-            q->m->path, source->name, formats[q->type].name);
+    if (atomic_load(&q->broken)) die_broken(q, source);
     q->done += (double)source->size;
     show_packed(q);
     return q->packed;
-}
-
-static bool is_matrix(const Section *s) {
-    return s->layout == PANELS || strcmp(s->name, "embed_in.weight") == 0;
 }
 
 // A matrix as it will be; its bytes are made when they are asked for.
@@ -6217,8 +6246,7 @@ static Part packed_part(Quantizing *q, const Section *source) {
         die("%s has %s weights: only files with f32 weights can be quantized", q->m->path,
             formats[source->type].name);
     p.section.type = q->type;
-    p.section.size = (uint64_t)(source->layout == PANELS ? panels_bytes(q->type, rows, cols)
-                                                         : rows * row_bytes(q->type, cols));
+    p.section.size = matrix_bytes(q->type, source->layout, rows, cols);
     q->whole += 2 * (double)source->size;
     return p;
 }
@@ -6229,7 +6257,7 @@ static Type type_named(const char *name) {
     return type;
 }
 
-static void say_quantized(const Quantizing *q, double bytes) {
+static void say_quantized(const Quantizing *q, double bytes, bool direct) {
     Bytes said = {0};
     append_text(&said, q->o->out, strlen(q->o->out), IN_A_LINE);
     append_format(&said, ": the model with %s weights, %.1f MB", formats[q->type].name,
@@ -6237,36 +6265,51 @@ static void say_quantized(const Quantizing *q, double bytes) {
     if (q->type == TYPE_BF16 && !q->changed)
         append_string(&said, "; each weight was such a number, so it computes the same bits");
     append_string(&said, "\n");
-    print(&said);
+    tell(&said, direct);
+}
+
+// A section as it will be written: matrices in the new type, norms divided, the others as they are.
+static Part new_part(Quantizing *q, const Section *s, const Kernels *kernels) {
+    NormParts norm;
+    if (matrix_at(q->m, s, &norm)) return packed_part(q, s);
+    Part p = part_of(q->m, s);
+    const float *numbers = (const void *)p.data;
+    if (s->type == TYPE_F32 && s->size / sizeof *numbers <= INT_MAX &&
+        !kernels->all_finite((int)(s->size / sizeof *numbers), numbers))
+        die_broken(q, s);
+    if (q->type == TYPE_Q8 && norm_at(q->m, s).weight)
+        p.make = pack_norm, p.arg = q, p.source = s;
+    return p;
 }
 
 static int quantize_model(const Options *o, Model *m, const Kernels *kernels) {
-    (void)kernels;
     Quantizing q = { .o = o, .m = m, .type = type_named(o->quantize) };
     Part *parts = allocate(m->n_sections, sizeof *parts);
     size_t largest = 0, columns = 0;
     double bytes = 0;
     for (uint32_t i = 0; i < m->n_sections; i++) {
         const Section *s = &m->sections[i];
-        parts[i] = is_matrix(s) ? packed_part(&q, s) : part_of(m, s);
-        if (q.type == TYPE_Q8 && is_norm(s))
-            parts[i].make = pack_norm, parts[i].arg = &q, parts[i].source = s;
-        if (s->cols > columns) columns = s->cols;
+        parts[i] = new_part(&q, s, kernels);
         bytes += (double)parts[i].section.size;
-        if (parts[i].source && parts[i].section.size > largest) largest = parts[i].section.size;
+        if (!parts[i].source) continue;
+        if (parts[i].section.size > largest) largest = parts[i].section.size;
+        if (s->cols > columns) columns = s->cols;
     }
     q.packed = allocate_huge(largest);
     q.powers = allocate(columns, sizeof *q.powers);
+    q.sizes = allocate((size_t)m->c.hidden, sizeof *q.sizes);
     Output out = output_open(o->out);
+    bool direct = out.temporary == NULL;
     check_room(o, bytes + (double)HUGE_PAGE, &out);
     for (Part *p = parts; p < parts + m->n_sections && !interrupted; p++)
         if (p->source) p->section.crc = crc32_of(0, p->make(&q, p->source), p->section.size);
     if (!interrupted) write_sections(&out.writer, parts, m->n_sections);
     if (q.shown > 0) show_status("%s", "");
     output_close(&out, !interrupted);
-    if (!interrupted && !o->quiet) say_quantized(&q, bytes);
+    if (!interrupted && !o->quiet) say_quantized(&q, bytes, direct);
     free(q.packed);
     free(q.powers);
+    free(q.sizes);
     free(parts);
     return interrupted;
 }
@@ -6610,8 +6653,8 @@ static void parse_options(int argc, char **argv) {
     const char *no_color = getenv("NO_COLOR");
     options.no_colour = no_color && *no_color;
     options.verbose &= !options.quiet;
-    bool prompts = !options.info && !options.verify && !options.learn && !options.help &&
-                   !options.version;
+    bool prompts = !options.info && !options.verify && !options.learn && !options.quantize &&
+                   !options.help && !options.version;
     if (prompts && !options.source.prompt && !options.source.file && isatty(STDIN_FILENO)) {
         message("usage: kl3m -p TEXT | -f FILE | < PROMPTS, a prompt a line; kl3m --help lists the "
                 "options");

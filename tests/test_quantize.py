@@ -1,5 +1,7 @@
 """Weights of other types: what --quantize writes, and one arithmetic within each type."""
 import math
+import os
+import pty
 import shutil
 import signal
 import struct
@@ -266,6 +268,10 @@ def one_arithmetic():
         want = run_kl3m(*args, input=prompts).out
         for more in (["-b", 1], ["-b", 30, "-j", 3], ["--no-speculation"], ["--rows", 9]):
             expect(run_kl3m(*args, *more, input=prompts).out, want, (kind, more))
+        odd = quantized_model(kind)    # of which no row ends a block of 32 columns
+        for fill in ("85", "129", "1"):    # what the C library puts into memory that is asked for
+            expect(logits(odd, TEXT[:60], env={"MALLOC_PERTURB_": fill}), logits(odd, TEXT[:60]),
+                   (kind, fill))
 
 
 @test("a file that is quantized already is refused by its type, and so are weights that are not finite in the new one")
@@ -275,7 +281,7 @@ def refused():
         done = run_kl3m("-m", made, "--quantize", kind, "-o", tmpdir() / "again.bin")
         expect((done.code, done.out), (1, b""))
         assert "bf16 weights: only files with f32 weights" in done.err, done.err
-        for bits in (0x7F800000, 0x7FC00001, 0xFF7FFFFF):
+        for bits in (0x7F800000, 0x7FC00001, 0x7FFFFFFF, 0xFFFFFFFF, 0xFF7FFFFF):
             if kind == "q8" and bits == 0xFF7FFFFF:
                 continue
             data = bytearray(small_model().read_bytes())
@@ -287,6 +293,55 @@ def refused():
             expect((done.code, done.out, out.exists(), list(out.parent.iterdir())),
                    (1, b"", False, []))
             assert "layers.1.mlp.dense_4h_to_h.weight" in done.err and "finite" in done.err
+        for name in ("final_layer_norm.weight", "layers.0.input_layernorm.bias",
+                     "layers.1.mlp.dense_h_to_4h.bias"):
+            data = bytearray(small_model().read_bytes())
+            struct.pack_into("<I", data, section_offset(data, name) + 8, 0x7FC00000)
+            spoilt.write_bytes(data)
+            done = run_kl3m("-m", spoilt, "--quantize", kind, "-o", out)
+            expect((done.code, done.out, out.exists()), (1, b"", False), name)
+            assert name in done.err and "finite" in done.err, done.err
+
+
+@test("--quantize runs from a terminal, and says what it wrote on standard error where the model itself goes to standard output")
+def from_a_terminal():
+    master, slave = pty.openpty()
+    out = tmpdir() / "out.bin"
+    done = subprocess.run([KL3M, "-m", str(small_model()), "--quantize", "q8", "-o", str(out)],
+                          stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    os.close(slave)
+    os.close(master)
+    expect((done.returncode, done.stderr), (0, b""))
+    piped = subprocess.run("'%s' -m '%s' --quantize q8 -o /dev/stdout | cat"
+                           % (KL3M, small_model()), shell=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)
+    expect(piped.stdout, out.read_bytes())
+    assert b"the model with q8 weights" in piped.stderr
+
+
+@test("sections that no tensor of the model is are copied, whatever they say of themselves")
+def odd_sections():
+    learnt = tmpdir() / "learnt.bin"
+    run_kl3m("-m", small_model(), "--learn", "-o", learnt, "--tokens", 20, "-n", 10, "-s", 1)
+    whole = bytearray(learnt.read_bytes())
+    entry = next(at for at in range(64, 64 + 96 * 60, 96) if whole[at:at + 7] == b"guesses")
+    for kind, height, width, layout in ((99, 1, 1, 1), (2 ** 31 - 1, 4, 4, 1), (1, 4096, 4096, 1),
+                                        (1, 1, 1, 1), (3, 100, 100, 0), (2 ** 32 - 1, 0, 0, 1)):
+        for name in (b"extra", b"layers.0.input_layernorm.gamma", b"embed_in.weigh"):
+            for type_of in TYPES:
+                file = File()
+                file.data, file.count = bytearray(whole), len(sections(learnt))
+                file.data[entry:entry + 56] = name + bytes(56 - len(name))
+                struct.pack_into("<I", file.data, entry + 56, kind)
+                struct.pack_into("<III", file.data, entry + 80, height, width, layout)
+                path, out = tmpdir() / "odd.bin", tmpdir() / "out.bin"
+                path.write_bytes(file.sign().data)
+                done = run_kl3m("-m", path, "--quantize", type_of, "-o", out)
+                if kind == 1 and done.code == 1:   # numbers that are not finite
+                    assert name.decode() + " has weights that are not finite" in done.err, done.err
+                    continue
+                expect(done.code, 0, (kind, name, done.err))
+                expect(sections(out)[name.decode()], sections(path)[name.decode()])
 
 
 def section_offset(data, wanted):

@@ -543,6 +543,39 @@ def interrupted():
     assert (begun + rest).endswith(b"\n")
 
 
+@test("after Ctrl-C a row stands in its text's line, also where a text of many windows stands before it")
+def interrupted_in_windows():
+    model, short = small_model(), [b"The State of %d\n" % i for i in range(60)]
+    long = (TEXT * 8).replace("\n", " ").encode() + b"\n"
+    want = ["-"] + score(input=b"".join(short), model=model).splitlines()
+    for delay in (0.3, 0.6, 1.0):
+        child = subprocess.Popen([KL3M, "-m", str(model), "--score", "--rows", "2", "--stride",
+                                  "127", "-j", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE)
+        child.stdin.write(long + b"".join(short))
+        child.stdin.flush()
+        time.sleep(delay)
+        child.send_signal(signal.SIGINT)
+        out, _ = child.communicate(timeout=20)
+        for number, line in enumerate(out.decode().splitlines()):
+            if line and number:
+                expect(line, want[number], "line %d after %g s" % (number, delay))
+
+
+@test("windows keep the log-probabilities of what they score alone, not of all they hold")
+def memory_of_windows():
+    if os.environ.get("KL3M"):
+        raise Skip("a build with sanitizers reserves memory of its own")
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
+    done = subprocess.run([KL3M, "-m", str(small_model()), "--score", "--json", "--logprobs", "100",
+                           "--stride", "1", "-j", "1", "--kv-memory", "4M"],
+                          input=(TEXT * 4).replace("\n", " ").encode(), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, preexec_fn=limited)
+    expect(done.returncode, 0, done.stderr)
+
+
 @test("a text whose keys and values do not fit in --kv-memory is refused, and others are scored")
 def too_little_memory():
     done = run_kl3m("-m", small_model(), "--score", "--kv-memory", "60K",

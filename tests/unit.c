@@ -234,10 +234,39 @@ static void check_products(const Kernels *k) {
     say(k->name, "sums are those of rule 1, to the last bit", 0);
 }
 
+// ln softmax in double, and the likeliest by sorting, for vocabularies of 1 to 600 tokens.
+static void check_ranks(const Kernels *k) {
+    enum { MOST = 600, LIKELIEST = 20 };
+    static float logits[MOST];
+    Sampler s = sampler_open(k, MOST);
+    for (int n = 1; n <= MOST; n += n < 40 ? 1 : 37) {
+        Ranked found[1 + LIKELIEST];
+        double sum = 0;
+        for (int i = 0; i < n; i++) logits[i] = (float)(8 * sin(i * i * 0.7 + n));
+        for (int i = 0; i < n; i++) sum += exp(logits[i]);
+        uint32_t token = (uint32_t)(n * 7 / 11);
+        find_ranks(&s, logits, n, token, LIKELIEST, found);
+        worst(found[0].logprob, logits[token] - log(sum), 1);
+        for (int i = 1; i <= LIKELIEST; i++) {
+            int above = 0;             // how many come before it
+            uint32_t id = found[i].id;
+            worst((id == TOKENIZER_NONE) != (i > n), 0, 1e-9);
+            if (i > n) continue;
+            for (int j = 0; j < n; j++)
+                above += logits[j] > logits[id] || (logits[j] == logits[id] && j < (int)id);
+            worst(above, i - 1, 1e-9);
+            worst(found[i].logprob, logits[id] - log(sum), 1);
+        }
+    }
+    sampler_close(&s);
+    say(k->name, "ln softmax", 2e-6);
+}
+
 static void check_all(const Kernels *k) {
     check_kernels(k);
     check_products(k);
     check_q8(k);
+    check_ranks(k);
 }
 
 static int check_math(void) {

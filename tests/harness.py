@@ -169,6 +169,14 @@ def small_model(**options):
                 lambda path: export(small_directory(**options), path))
 
 
+def quantized_model(kind, **options):
+    """The same model with weights of another type. Do not change it."""
+    def make(path):
+        done = run_kl3m("-m", small_model(**options), "--quantize", kind, "-o", path)
+        assert done.code == 0, done.err
+    return once(_name(kind, options) + ".bin", make)
+
+
 def _name(name, options):
     return name + "-" + hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:16]
 

@@ -8,8 +8,8 @@ from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from harness import (KL3M, ROOT, Skip, expect, export, run, run_kl3m, small_directory, small_model,
-                     test, tmpdir)
+from harness import (KL3M, ROOT, Skip, expect, export, quantized_model, run, run_kl3m,
+                     small_directory, small_model, test, tmpdir)
 from models import (LEGAL_TEXT, SPECIAL, byte_alphabet, make_config, make_weights, repeat_kv,
                     save_model)
 from naive import Naive
@@ -299,10 +299,14 @@ def build(compiler, flags):
 
 
 def check_builds(compilers, levels):
-    want = logits(small_model(**LONG), LONG_TEXT)
+    models = [small_model(**LONG), quantized_model("bf16", **LONG), quantized_model("q8", **LONG)]
+    want = [logits(model, LONG_TEXT) for model in models]
     with ThreadPoolExecutor(2) as pool:
         for program in pool.map(build, *zip(*itertools.product(compilers, levels))):
-            check_same(want, [([], {"KL3M_ISA": kind}, program) for kind in kinds()])
+            for kind in kinds():
+                for model, bytes_of in zip(models, want):
+                    got = logits(model, LONG_TEXT, env={"KL3M_ISA": kind}, program=program)
+                    expect(got == bytes_of, True, (program, kind, model))
 
 
 @test("the compiler builds the same bytes at -O1 and -O3")

@@ -2,6 +2,7 @@
 import math
 import os
 import pty
+import random
 import shutil
 import signal
 import struct
@@ -10,8 +11,8 @@ import time
 import zlib
 from array import array
 
-from harness import (KL3M, expect, export, once, run_kl3m, small_directory, small_model, test,
-                     tiny_model, tmpdir)
+from harness import (KL3M, expect, export, once, quantized_model, run_kl3m, small_directory,
+                     small_model, test, tiny_model, tmpdir)
 from test_cli import File
 from models import make_config, make_weights, save_model
 from naive import Naive
@@ -241,12 +242,6 @@ def q8_network():
         check_close(got, want, 0.05, str(options))
 
 
-def quantized_model(kind, **options):
-    """One file for all tests: do not change it."""
-    name = "%s-%s.bin" % (kind, zlib.crc32(repr(sorted(options.items())).encode()))
-    return once(name, lambda path: shutil.copy(quantized(kind, small_model(**options))[0], path))
-
-
 @test("within each type the bytes are the same on every kind of CPU, for any threads, rows, batch and guesses")
 def one_arithmetic():
     for kind in TYPES:
@@ -412,3 +407,26 @@ def wrong_types():
                 done = file.put("I", entry + 56, wrong).sign().run()
                 expect(done.code, 1, (kind, name, wrong))
                 assert name in done.err, done.err
+
+
+@test("a damaged or hostile q8 or bf16 file gives some text or the message about the model, and never a crash")
+def damaged():
+    draw = random.Random(2)
+    for kind in TYPES:
+        whole = quantized_model(kind).read_bytes()
+        places = [(section_offset(whole, name), len(found[4])) for name, found in
+                  sections(quantized_model(kind)).items() if is_matrix(name)]
+        for number in range(40):
+            data, path = bytearray(whole), tmpdir() / "damaged.bin"
+            for _ in range(1 + number * 10):
+                offset, size = draw.choice(places)
+                data[offset + draw.randrange(size)] = draw.choice((0, 127, 128, 255, 0x80, 0x7F))
+            if number % 4 == 0:    # a whole matrix of one byte: scales that are NaN, or huge
+                offset, size = draw.choice(places)
+                data[offset:offset + size] = bytes([draw.choice((0xFF, 0x7F, 0))]) * size
+            path.write_bytes(data)
+            for args in (["-n", 4, "-s", 1], ["--score"]):
+                done = run_kl3m("-m", path, "-p", "The State of Delaware", *args)
+                assert done.code == 0 or done.code == 1 and "not finite" in done.err, (
+                    kind, number, done.code, done.err)
+            path.unlink()

@@ -1724,11 +1724,19 @@ void NAME(product_bf16)(Factor a, const Panels *w, const Ahead *ahead, Sums c) {
     NAME(product)(TYPE_BF16, a, *w, *ahead, c);
 }
 
-// The same of q8 weights and QuantGroups. A group's sums are exact integers; they become floats,
-// times the outputs' scales, added in the groups' order; the row's scale comes last, once a call
-// (and so once for each CHUNK inputs). Row r has
-// QVECTORS sums of integers, two of each kind where there are registers, so that a sum need not
-// wait for the one before it.
+// The same of q8 weights and QuantGroups. The registers of quant_rows: row r has QVECTORS sums of
+// integers and as many of floats, and a step is four inputs, of which a lane of 32 bits has an
+// output's bytes, each the weight plus 128.
+//
+//            w0  w1  w2  w3     a step's weights: first the even bytes, as numbers of 16 bits,
+//     x      s_r t_r u_r v_r        times the row's first two inputs; then the odd ones, times
+//            S_r T_r U_r V_r        the others
+//            e0  e1  e2  e3     behind a group's 16 steps: the outputs' scales; its sums, which are
+//            f_r g_r h_r k_r        exact, become floats and are multiplied and added
+//
+// A sum begins with -128 times the sum of x. Odd bytes have sums of their own (S_r ...) where there
+// are registers, so that none need wait for the one before it. The row's scale comes last, once a
+// call, and so once for each CHUNK inputs.
 #define QUANT_TWICE (R * QVECTORS <= 4 || PLANES)
 #define QUANT_BEGIN(r) vec f##r = {0}, g##r = {0}, h##r = {0}, k##r = {0};
 #define QUANT_START(r) \

@@ -273,6 +273,8 @@ Config = namedtuple("Config", "hidden layers heads kv_heads head_size rotary_dim
                               "vocab context parallel_residual rotary_base eps")
 
 NOT_COMPUTED = "kl3m computes nothing else"
+MOST_ENDS = 8        # tokens that end a text, as they lie in the file
+GENERATION = "generation_config.json"    # a model may have none
 # The most that kl3m's read_config takes.
 SIZES = {"hidden_size": 1 << 16, "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12,
          "intermediate_size": 1 << 18, "vocab_size": 1 << 22, "max_position_embeddings": 1 << 20}
@@ -371,13 +373,32 @@ def read_config(config):
                   parallel, base, float(eps))
 
 
-def config_section(config, tokenizer):
-    """Sizes, then the tokens that texts start from and end with: <|start|> and <|end|>, where the
-    tokenizer has them; no normalizer."""
+def tokens_named(name, sources, vocab):
+    """The ids that config.json or generation_config.json has under this name, one or a list; None:
+    neither has any. As in transformers generation_config.json, the first here, wins, and null is
+    as good as absent."""
+    for file, fields in sources:
+        value = fields.get(name)
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        ok = 0 < len(ids) <= MOST_ENDS and all(is_count(i) and i < vocab for i in ids)
+        expect(ok, f"{file}: {name}", value, f"a token's id below {vocab}, or up to {MOST_ENDS} in "
+               "a list", "correct it, or set it to null")
+        return list(dict.fromkeys(ids))
+    return None
+
+
+def config_section(config, sources, tokenizer):
+    """Sizes, then the tokens that texts start from and end with: those that the model's files
+    (sources) name by id, else <|start|> and <|end|>, if the tokenizer has them; no normalizer."""
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    ends = [ids[name] for name in ("<|end|>",) if name in ids]
+    start = tokens_named("bos_token_id", sources, config.vocab)
+    ends = tokens_named("eos_token_id", sources, config.vocab)
+    start = start or [ids.get("<|start|>", NOBODY)]
+    ends = ends or [ids[name] for name in ("<|end|>",) if name in ids]
     return struct.pack("<10I8x2d", *config) + struct.pack(
-        "<10I24x", ids.get("<|start|>", NOBODY), len(ends), *(ends + [0] * (8 - len(ends))))
+        "<10I24x", start[0], len(ends), *(ends + [0] * (MOST_ENDS - len(ends))))
 
 
 # ---- Safetensors ----
@@ -1267,7 +1288,10 @@ class Hub:
         snapshot = os.path.join(self.folder, "snapshots", config.commit)
         tokenizer = self.describe("tokenizer.json", config.commit)
         weights = self.describe_weights(config.commit)
-        self.fetch_all([config, tokenizer, weights], snapshot)
+        files = [config, tokenizer, weights]
+        with contextlib.suppress(Missing):
+            files.insert(2, self.describe(GENERATION, config.commit))
+        self.fetch_all(files, snapshot)
         if weights.name == INDEX:
             shards = sorted(set(read_index(snapshot).values()))
             self.fetch_all([self.describe(shard, config.commit) for shard in shards], snapshot)
@@ -1405,7 +1429,10 @@ def read_sections(source):
     check_tensors(config, tensors)
     tokenizer = read_object(source.directory, "tokenizer.json", TOKENIZER_LIMIT)
     tables = tokenizer_section(tokenizer, config.vocab)    # checks added_tokens
-    texts = {"config": config_section(config, tokenizer),
+    sources = [("config.json", config_json)]
+    if os.path.exists(os.path.join(source.directory, GENERATION)):
+        sources.insert(0, (GENERATION, read_object(source.directory, GENERATION, CONFIG_LIMIT)))
+    texts = {"config": config_section(config, sources, tokenizer),
              "about": about_section(source, config_json), "tokenizer": tables}
     return [Section(name, BYTES, 0, 0, 0, len(data), [data]) for name, data in texts.items()] + [
         Section(weight.name, F32, weight.rows, weight.cols, int(weight.kind == PANELS),

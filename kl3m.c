@@ -5809,6 +5809,18 @@ static int logits(const Options *o, Model *m, const Kernels *kernels) {
     return interrupted;
 }
 
+// A token's text and id, or that there is none.
+static void append_token(Bytes *out, const Model *m, uint32_t id) {
+    size_t n;
+    const char *text = tokenizer_text(&m->tokenizer, id, &n);
+    if (id == TOKENIZER_NONE) {
+        append_string(out, "nothing: an empty prompt is refused");
+        return;
+    }
+    append_text(out, text, n, IN_A_LINE);
+    append_format(out, " (%u)", id);
+}
+
 static int info(const Options *o, Model *m, const Kernels *kernels) {
     (void)o, (void)kernels;
     const Config *c = &m->c;
@@ -5837,6 +5849,14 @@ static int info(const Options *o, Model *m, const Kernels *kernels) {
     append_format(&out, "rotary %d of %d, base %g\n", c->rotary_dims, c->head_size,
                   c->rotary_base);
     append_format(&out, "vocabulary    %d, %u tokens\n", c->vocab, m->tokenizer.tokens);
+    append_string(&out, "starts from   ");
+    append_token(&out, m, m->file_config.start);
+    append_string(&out, "\nends with     ");
+    for (uint32_t i = 0; i < m->file_config.n_ends; i++) {
+        append_string(&out, i ? ", " : "");
+        append_token(&out, m, m->file_config.ends[i]);
+    }
+    append_string(&out, m->file_config.n_ends ? "\n" : "nothing: each text reaches its limit\n");
     append_format(&out, "context       %d tokens\n", c->context);
     append_format(&out, "guesses       %s\n", seek_section(m, "guesses")
                       ? "a table of its own teaching" : "no table; --learn makes one");

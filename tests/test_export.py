@@ -1570,6 +1570,7 @@ def command_line():
 def start_and_ends():
     def renamed(*names):
         def change(source):
+            source.config.update(bos_token_id=None, eos_token_id=None)
             for token in source.tokenizer["added_tokens"]:
                 if token["content"] in names:
                     vocab = source.tokenizer["model"]["vocab"]
@@ -1583,6 +1584,32 @@ def start_and_ends():
         expect(code, 0, err)
         found = ModelFile(top / "out.bin")
         expect((found.start, found.ends), (start, ends), names)
+
+
+@test("config.json's and generation_config.json's ids of the start and the end come before the names; the latter file wins, null is absent, and no ids are refused")
+def start_and_ends_by_id():
+    def found(config_ids, generation=None):
+        top = tmpdir()
+        directory = small_source(top, "model", config(**config_ids))
+        if generation is not None:
+            (directory / "generation_config.json").write_text(json.dumps(generation))
+        code, err = run_inside(directory, "-o", top / "out.bin")
+        if code:
+            return err
+        file = ModelFile(top / "out.bin")
+        return file.start, file.ends
+    expect(found({"bos_token_id": 5, "eos_token_id": [7, 9, 7]}), (5, [7, 9]))
+    expect(found({"bos_token_id": None, "eos_token_id": None}), (0, [1]))
+    expect(found({"bos_token_id": 5, "eos_token_id": 6}, {"eos_token_id": [2, 3]}), (5, [2, 3]))
+    expect(found({"bos_token_id": 5, "eos_token_id": 6}, {"eos_token_id": None}), (5, [6]))
+    expect(found({"bos_token_id": 5, "eos_token_id": 6}, {"bos_token_id": 8}), (8, [6]))
+    for wrong in (-1, ROWS, 1.5, "1", True, [], list(range(9)), [1, "2"], {}):
+        said = found({"eos_token_id": wrong})
+        assert isinstance(said, str) and "config.json: eos_token_id" in said, (wrong, said)
+        said = found({}, {"bos_token_id": wrong})
+        assert isinstance(said, str) and "generation_config.json: bos_token_id" in said, said
+    damaged = found({}, "no object")
+    assert isinstance(damaged, str) and "generation_config.json" in damaged, damaged
 
 
 @test("the file says where it comes from: name, source, revision, licence, attribution, citation")

@@ -819,6 +819,18 @@ def not_a_hub():
     case.check_fails(["config.json", "X-Repo-Commit", "network"], lines=1)
 
 
+@test("generation_config.json comes along where the hub has one, and its end tokens are in the file")
+def generation_config():
+    files = dict(model_files(), **{"generation_config.json": b'{"eos_token_id": [3, 1]}'})
+    case = Case(files)
+    case.check_works()         # compares the file with that of a directory, and the cache's files
+    expect((ModelFile(case.out).start, ModelFile(case.out).ends), (0, [3, 1]))
+    case.check_works(HF_HUB_OFFLINE="1")
+    case = Case()
+    case.check_works()
+    expect(ModelFile(case.out).ends, [1])
+
+
 @test("redirects: in circles, to other kinds of addresses, to bad ones and away from https "
       "they are refused")
 def redirects():
@@ -830,7 +842,7 @@ def redirects():
                              ("again", "/x/resolve/y/config.json")):
             case.hub.faults["hub", method, name] = [to(target)]
         case.check_fails(["config.json", "redirects"])
-        assert len(case.hub.log) <= 4 + 10 and not case.waits, case.hub.asked()
+        assert len(case.hub.log) <= 5 + 10 and not case.waits, case.hub.asked()
         for location in ("file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x",
                          "http://user:%s@127.0.0.1/" % TOKEN, "http://[/x?Signature=",
                          "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "http://a..b/",

@@ -168,6 +168,20 @@ def behind_a_tab():
     assert score("-0", input=b"This State\0").endswith("\n")
 
 
+@test("a special token counts and has no bytes: bits a byte are inf in a row and null in JSON; in a file, as with -p, a tab is text")
+def no_bytes():
+    row, = score(input=b"The\t<|end|>\n").splitlines()
+    expect(row.split("\t")[1::2], ["1", "inf"])
+    one, = objects("--jsonl", input=records({"prompt": "The", "continuation": "<|end|>"}))
+    expect((one["tokens"], one["bits_per_byte"]), ([1], [None]))
+    plain, = score("--no-special", input=b"The\t<|end|>\n").splitlines()
+    assert int(plain.split("\t")[1]) > 1 and "inf" not in plain, plain
+    path = tmpdir() / "text"
+    path.write_bytes(b"This\tAgreement")
+    expect(score("-f", path), score("-p", "This\tAgreement"))
+    expect(score("-f", path).split()[3], str(len(tokens(small_model(), "This\tAgreement")) - 1))
+
+
 @test("a record's continuation is a string or a list, each scored as it is alone; names that the result has are replaced, other members kept")
 def continuations_of_records():
     many = ["State of", "", "Agreement shall be", "State of New York, and each party"]

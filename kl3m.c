@@ -1802,8 +1802,8 @@ typedef struct { const char *weights, *due; long pace; int n, first; } NAME(Walk
 INLINE void NAME(quant_rows)(const int R, const QuantGroup *groups, NAME(Walk) walk,
                              const int output, Sums c) {
     const int scales = PAIR * QUANT_GROUP, first = walk.first;
-    const char *w = walk.weights, *due = walk.due;
-    const long pace = walk.pace;
+    const char *w = walk.weights, *due = walk.due, *line = due;
+    const long pace = walk.pace;               // bytes a step
     EACH_QUANT_ROW(QUANT_BEGIN)
     for (const QuantGroup *in = groups; in < groups + walk.n; in++, w += step_bytes(TYPE_Q8)) {
         EACH_QUANT_ROW(QUANT_START)
@@ -1815,7 +1815,7 @@ INLINE void NAME(quant_rows)(const int R, const QuantGroup *groups, NAME(Walk) w
                 w2 = NAME(quant_weights)(at, 2, false);
                 w3 = NAME(quant_weights)(at, 3, false);
             }
-            for (int i = 0; i < 4 && pace > 0; i++, due += pace) PREFETCH(due);
+            for (due += pace; line < due; line += LINE_BYTES) PREFETCH(line);
             EACH_QUANT_ROW(QUANT_EVEN)
             w0 = NAME(quant_weights)(at, 0, true), w1 = NAME(quant_weights)(at, 1, true);
             if (QVECTORS > 2) {
@@ -1841,7 +1841,7 @@ static TARGET __attribute__((noinline))
 void NAME(product_q8)(Factor a, const Panels *w, const Ahead *ahead, Sums c) {
     enum { WALKS = PAIR / (QVECTORS * LANES) };        // over the pair
     int parts = (a.rows + QROWS - 1) / QROWS, n = groups_of(a.inputs);
-    NAME(Walk) walk = { w->at, ahead->at, ahead->pace / (parts * WALKS), n, 0 };
+    NAME(Walk) walk = { w->at, ahead->at, 4 * ahead->pace / (parts * WALKS), n, 0 };
     for (int output = 0; output < PAIR; output += QVECTORS * LANES)
         for (int first = 0; first < a.rows; first += QROWS) {
             walk.first = first;
@@ -1854,7 +1854,7 @@ void NAME(product_q8)(Factor a, const Panels *w, const Ahead *ahead, Sums c) {
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
             }
-            walk.due += n * QUANT_GROUP * walk.pace;
+            walk.due += n * (QUANT_GROUP / 4) * walk.pace;
         }
 }
 

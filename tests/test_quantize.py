@@ -322,7 +322,7 @@ def odd_sections():
     entry = next(at for at in range(64, 64 + 96 * 60, 96) if whole[at:at + 7] == b"guesses")
     for kind, height, width, layout in ((99, 1, 1, 1), (2 ** 31 - 1, 4, 4, 1), (1, 4096, 4096, 1),
                                         (1, 1, 1, 1), (3, 100, 100, 0), (2 ** 32 - 1, 0, 0, 1)):
-        for name in (b"extra", b"layers.0.input_layernorm.gamma", b"embed_in.weigh"):
+        for name in (b"extra", b"layers.0.input_layernorm.gamma"):
             for type_of in TYPES:
                 file = File()
                 file.data, file.count = bytearray(whole), len(sections(learnt))

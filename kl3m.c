@@ -114,6 +114,7 @@ enum {
     HUGE_PAGE = 2 << 20,        // bytes
     QUANT_GROUP = 64,           // inputs that share a scale in q8 weights
     MOST_HEAD_SIZE = 4096,
+    INFINITE_BITS = 0x7F800000, // the least bits, but for the sign, of a float that is not
 };
 
 // ---- 1. Ground ----
@@ -1112,9 +1113,11 @@ static void find_tensors(Model *m) {
         find_tensor(m, ends[t].name, &ends[t], &at);
 }
 
+static uint32_t version_of(const Model *m) { return ((const FileHeader *)m->map)->version; }
+
 static void read_config(Model *m) {
     const Section *s = find_section(m, "config");
-    bool oldest = ((const FileHeader *)m->map)->version == OLDEST_VERSION;
+    bool oldest = version_of(m) == OLDEST_VERSION;
     size_t size = oldest ? offsetof(FileConfig, start) : sizeof(FileConfig);
     if (s->type != TYPE_BYTES || s->size != size)
         die("%s: the config has a wrong size; export it again", m->path);
@@ -1173,7 +1176,7 @@ static void check_token(const Model *m, const char *what, uint32_t id) {
 // The tokens that a text begins from and ends with.
 static void read_ends(Model *m) {
     FileConfig *f = &m->file_config;
-    if (((const FileHeader *)m->map)->version == OLDEST_VERSION) {
+    if (version_of(m) == OLDEST_VERSION) {
         f->start = tokenizer_find_added(&m->tokenizer, "<|start|>");
         f->ends[0] = tokenizer_find_added(&m->tokenizer, "<|end|>");
         f->n_ends = f->ends[0] != TOKENIZER_NONE;
@@ -1387,6 +1390,9 @@ typedef struct {
 // the second's is added.
 #define EVEN_BYTES(w) ((w) & 0x00FF00FF)
 #define ODD_BYTES(w) ((ivec)((uvec)(w) >> 8) & 0x00FF00FF)
+// DOT where no instruction does it.
+#define PLAIN_DOT(sum, w, x) \
+    ((sum) + ((w) & 0xFFFF) * ((ivec)((uvec)(x) << 16) >> 16) + ((w) >> 16) * ((x) >> 16))
 
 #if defined(__x86_64__)
 #define RELAX() _mm_pause()   // tells the core that a loop only waits
@@ -1469,8 +1475,7 @@ typedef struct {
 #define QROWS 2
 #define QVECTORS 4
 #define PLANES 0
-#define DOT(sum, w, x) ((sum) + ((w) & 0xFFFF) * ((ivec)((uvec)(x) << 16) >> 16) + \
-                        ((w) >> 16) * ((x) >> 16))
+#define DOT PLAIN_DOT
 #include "kl3m.c"
 #undef KIND
 #else
@@ -1490,8 +1495,7 @@ typedef struct {
 #define QROWS 2
 #define QVECTORS 4
 #define PLANES 0
-#define DOT(sum, w, x) ((sum) + ((w) & 0xFFFF) * ((ivec)((uvec)(x) << 16) >> 16) + \
-                        ((w) >> 16) * ((x) >> 16))
+#define DOT PLAIN_DOT
 #include "kl3m.c"
 #undef KIND
 
@@ -1871,25 +1875,33 @@ INLINE void NAME(split_planes)(int16_t *x) {
     }
 }
 
+// The bits of the largest magnitudes so far and of x's: integers that are in the numbers' order,
+// and at least INFINITE_BITS of what is not finite.
+INLINE ivec NAME(wider)(ivec widest, vec x) {
+    ivec size = (ivec)x & 0x7FFFFFFF, wider = size > widest;
+    return (size & wider) | (widest & ~wider);
+}
+
+INLINE int32_t NAME(widest_lane)(ivec widest) {
+    int32_t most = 0;
+    for (int i = 0; i < LANES; i++) most = widest[i] > most ? widest[i] : most;
+    return most;
+}
+
 // The rows of a tile become integers: groups[columns / QUANT_GROUP, rounded up]. x has its columns
 // up to a multiple of PAIR, 0 behind those that there are. A row that holds a number that is
 // not finite gets the scale NaN; one whose numbers are next to nothing becomes 0.
 static TARGET void NAME(quantize)(int rows, int columns, const float *x, QuantGroup *groups) {
-    enum { NOT_FINITE = 0x7F800000 };
     int blocks = (columns + PAIR - 1) / PAIR * 2, n = groups_of(columns);
     for (int r = 0; r < rows; r++, x += BLOCK) {
         ivec widest = {0};
-        int32_t most = 0;
         for (int b = 0; b < blocks; b++)
-            for (int lane = 0; lane < BLOCK; lane += LANES) {
-                ivec size = (ivec)LOAD(x + b * BLOCK_FLOATS + lane) & 0x7FFFFFFF;
-                ivec wider = size > widest;
-                widest = (size & wider) | (widest & ~wider);
-            }
-        for (int i = 0; i < LANES; i++) most = widest[i] > most ? widest[i] : most;
+            for (int lane = 0; lane < BLOCK; lane += LANES)
+                widest = NAME(wider)(widest, LOAD(x + b * BLOCK_FLOATS + lane));
+        int32_t most = NAME(widest_lane)(widest);
         float largest, scale = 0, factor = 0;
         memcpy(&largest, &most, sizeof largest);
-        if (most >= NOT_FINITE) scale = NAN;
+        if (most >= INFINITE_BITS) scale = NAN;
         else if (largest > 1e-30f) scale = largest / most_quant, factor = most_quant / largest;
         for (int g = 0; g < n; g++) {
             ivec sums = {0};
@@ -2062,21 +2074,16 @@ static TARGET void NAME(scale_columns)(int n, float factor, Columns from, Column
 
 // Are all of n numbers finite? Told by their bits, so that no flag of a compiler makes it forget.
 static TARGET bool NAME(all_finite)(int n, const float *x) {
-    enum { NOT_FINITE = 0x7F800000 };          // the least bits, but for the sign, of what is not
     ivec widest = {0};
-    int32_t most = 0;
-    for (; n >= LANES; n -= LANES, x += LANES) {
-        ivec size = (ivec)LOAD(x) & 0x7FFFFFFF, wider = size > widest;
-        widest = (size & wider) | (widest & ~wider);
-    }
-    for (int i = 0; i < LANES; i++) most = widest[i] > most ? widest[i] : most;
+    for (; n >= LANES; n -= LANES, x += LANES) widest = NAME(wider)(widest, LOAD(x));
+    int32_t most = NAME(widest_lane)(widest);
     for (int i = 0; i < n; i++) {
         int32_t bits;
         memcpy(&bits, x + i, sizeof bits);
         bits &= 0x7FFFFFFF;
         most = bits > most ? bits : most;
     }
-    return most < NOT_FINITE;
+    return most < INFINITE_BITS;
 }
 
 // n numbers, a multiple of BLOCK, as room 3's to_bf16 has each.
@@ -5839,7 +5846,7 @@ static int info(const Options *o, Model *m, const Kernels *kernels) {
     for (uint32_t i = 0; i < m->n_sections; i++)
         parameters += (double)m->sections[i].rows * m->sections[i].cols;
     append_format(&out, "format        version %u, %s weights, %zu bytes\n",
-                  ((const FileHeader *)m->map)->version, formats[m->embed_out.type].name, m->size);
+                  version_of(m), formats[m->embed_out.type].name, m->size);
     append_format(&out, "parameters    %.0f\n", parameters);
     append_format(&out, "layers        %d, %s residual\n", c->layers,
                   c->parallel_residual ? "parallel" : "serial");

@@ -147,6 +147,7 @@ typedef struct {
     int parts;                 // of the file
     Page *const *pages;
     long page_bytes;
+    double (*peak)(int n, float *sum); // the loop that is measured now: multiply_add or dot
     double operations[PEAK_PIECES];
     volatile float sink;       // what was summed up goes here, so that no compiler drops the sum
 } Probe;
@@ -167,19 +168,11 @@ static void read_piece(void *arg, int piece, int thread) {
     if (sum == 1.0f) p->sink = sum;
 }
 
-static void multiply_add_piece(void *arg, int piece, int thread) {
+static void peak_piece(void *arg, int piece, int thread) {
     (void)thread;
     Probe *p = arg;
     float sum = 0;
-    p->operations[piece] = p->loops->multiply_add(PEAK_STEPS, &sum);
-    if (sum == 1.0f) p->sink = sum;
-}
-
-static void dot_piece(void *arg, int piece, int thread) {
-    (void)thread;
-    Probe *p = arg;
-    float sum = 0;
-    p->operations[piece] = p->loops->dot(PEAK_STEPS, &sum);
+    p->operations[piece] = p->peak(PEAK_STEPS, &sum);
     if (sum == 1.0f) p->sink = sum;
 }
 
@@ -190,16 +183,23 @@ static double seconds_of(Probe *p, Run loop, int pieces, bool all) {
     return seconds() - start;
 }
 
+// Operations a second of one of the loops.
+static double peak_of(Probe *p, double (*loop)(int n, float *sum), bool all) {
+    double operations = 0;
+    p->peak = loop;
+    double taken = seconds_of(p, peak_piece, PEAK_PIECES, all);
+    for (int i = 0; i < PEAK_PIECES; i++) operations += p->operations[i];
+    return operations / taken;
+}
+
 // On this thread alone, or on all: how fast the model's file and the first so many pages can be
 // read, and how fast sums can be made of nothing.
 static Limits measure_limits(Probe *p, int pages, bool all) {
     double bytes = (double)p->parts * (double)PART_BYTES + (double)pages * (double)p->page_bytes;
-    double reading = seconds_of(p, read_piece, p->parts + pages, all), operations = 0, dots = 0;
-    double multiplying = seconds_of(p, multiply_add_piece, PEAK_PIECES, all), adding = 1;
-    for (int i = 0; i < PEAK_PIECES; i++) operations += p->operations[i];
-    if (p->m->quantized) adding = seconds_of(p, dot_piece, PEAK_PIECES, all);
-    for (int i = 0; i < PEAK_PIECES; i++) dots += p->operations[i];
-    return (Limits){ bytes / reading, operations / multiplying, dots / adding };
+    double reading = seconds_of(p, read_piece, p->parts + pages, all);
+    double peak = peak_of(p, p->loops->multiply_add, all);
+    double dots = p->m->quantized ? peak_of(p, p->loops->dot, all) : 0;
+    return (Limits){ bytes / reading, peak, dots };
 }
 
 // Work, told by what it needs.

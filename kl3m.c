@@ -43,14 +43,17 @@
 //   10. Forward        rows in, logits out
 //   11. Sampling       logits in, one token out, or how likely each is
 //   12. Guesses        what may come next, from ids alone
-//   13. Requests       a prompt and its continuations, from pages set aside to the last token
-//   14. Scheduling     passes: planned, run, read
-//   15. Prompts        lines, records, files; their ids
-//   16. Results        lines, JSON, a stream, figures, shades
-//   17. Commands       generate, score, tokenize, detokenize, logits, info, verify, learn,
+//   13. Patterns       regular expressions become automata
+//   14. Schema         a JSON Schema becomes a graph of values, with what each costs
+//   15. Constraint     which bytes may follow, and so which tokens
+//   16. Requests       a prompt and its continuations, from pages set aside to the last token
+//   17. Scheduling     passes: planned, run, read
+//   18. Prompts        lines, records, files; their ids
+//   19. Results        lines, JSON, a stream, figures, shades
+//   20. Commands       generate, score, check, tokenize, detokenize, logits, info, verify, learn,
 //                      quantize
-//   18. Options        the table that the parser, --help and the README's table come from
-//   19. Main
+//   21. Options        the table that the parser, --help and the README's table come from
+//   22. Main
 
 #define _GNU_SOURCE   // sched_getaffinity, vasprintf, getentropy; macOS ignores it
 #include "tokenizer.h"
@@ -261,6 +264,52 @@ static void *allocate_lazily(size_t size) {
     if (memory == MAP_FAILED) die("out of memory: %zu bytes were asked for", size);
     return memory;
 }
+
+// Memory that is taken piece by piece and given back at once, or down to a mark.
+typedef struct Block Block;
+struct Block { Block *before; size_t used, size; };    // its bytes stand behind it
+
+typedef struct { Block *last; size_t size; } Arena;    // size: of all blocks
+typedef struct { Block *block; size_t used; } Mark;
+
+enum { BLOCK_BYTES = 1 << 16, BLOCK_HEAD = (sizeof(Block) + 15) / 16 * 16 };
+
+// n bytes at a multiple of 16, which hold anything.
+static void *take(Arena *a, size_t n) {
+    size_t need = (n + 15) / 16 * 16;
+    if (a->last == NULL || a->last->size - a->last->used < need) {
+        size_t size = need > BLOCK_BYTES - BLOCK_HEAD ? need : BLOCK_BYTES - BLOCK_HEAD;
+        Block *block = allocate_raw(1, BLOCK_HEAD + size, LINE_BYTES);
+        *block = (Block){ .before = a->last, .size = size };
+        a->last = block;
+        a->size += size;
+    }
+    a->last->used += need;
+    return (char *)a->last + BLOCK_HEAD + (a->last->used - need);
+}
+
+static void *take_copy(Arena *a, const void *from, size_t n) {
+    void *copy = take(a, n);
+    if (n) memcpy(copy, from, n);
+    return copy;
+}
+
+static Mark arena_mark(const Arena *a) {
+    return (Mark){ a->last, a->last ? a->last->used : 0 };
+}
+
+// Gives back what was taken since the mark was made.
+static void arena_reset(Arena *a, Mark mark) {
+    while (a->last != mark.block) {
+        Block *before = a->last->before;
+        a->size -= a->last->size;
+        free(a->last);
+        a->last = before;
+    }
+    if (a->last) a->last->used = mark.used;
+}
+
+static void arena_free(Arena *a) { arena_reset(a, (Mark){0}); }
 
 // Room for at least `need` bytes in a buffer that grows.
 static void *grow(void *memory, size_t *room, size_t need) {
@@ -924,7 +973,7 @@ typedef struct {
     Type kv_type;              // of keys and values: bf16 if so, else f32
 } Model;
 
-// The file that is mapped, as it was then: for room 19, which tells why a fault happened.
+// The file that is mapped, as it was then: for room 22, which tells why a fault happened.
 static struct { int fd; const char *start; struct stat as_opened; } mapped_file = { .fd = -1 };
 
 static int padded(int n) { return (n + PAIR - 1) / PAIR * PAIR; }
@@ -3362,7 +3411,7 @@ typedef struct {
     const uint32_t *prompt, *drawn;    // [n_prompt], [n_drawn]: what the penalty counts
     int n_prompt, n_drawn;
     const uint64_t *allowed;   // a bit a token, at least one of them set; NULL: any may be drawn
-                               // (nothing sets it yet but the tests: it is for constraints)
+    bool unpenalized;          // the repetition penalty does not count here
     double number;             // in [0, 1)
 } Choice;
 
@@ -3568,9 +3617,10 @@ static int distribution(const Sampling *s, const float *logits, int n, const Sam
 // NULL: the penalty makes them overflow.
 static const float *logits_to_filter(const Sampling *s, const Choice *c, const Sampler *sampler) {
     float *changed = sampler->changed;
-    if (s->penalty == 1 && c->allowed == NULL) return c->logits;
+    bool penalized = s->penalty != 1 && !c->unpenalized;
+    if (!penalized && c->allowed == NULL) return c->logits;
     memcpy(changed, c->logits, (size_t)c->n * sizeof *changed);
-    if (s->penalty != 1) {
+    if (penalized) {
         penalize(c->logits, c->n, c->prompt, c->n_prompt, s->penalty, changed);
         penalize(c->logits, c->n, c->drawn, c->n_drawn, s->penalty, changed);
         if (!sampler->kernels->all_finite(c->n, changed)) return NULL;
@@ -3812,7 +3862,3593 @@ static void guesses_close(Guesses *g) {
     if (g->owned) munmap(g->table, TABLE_BYTES);
 }
 
-// ---- 13. Requests ----
+// ---- 13. Patterns ----
+// A regular expression (ECMA-262 with the u flag) becomes an automaton over characters: read into a
+// tree, written out as states that eat a character or step on for nothing (Thompson, "Regular
+// expression search algorithm", 1968), and these, in sets, become the automaton's (Rabin and Scott,
+// "Finite automata and their decision problems", 1959). Lengths are counted beside it, so that
+// maxLength 100,000 costs nothing. Where ECMA-262 and Python differ on a class, what both accept
+// belongs to it. Everything here is taken from an Arena and goes with it.
+
+// Characters: spans of code points, in order and apart once charset_close has seen them.
+typedef struct { uint32_t first, last; } Interval;
+typedef struct { Interval *spans; int n, room; } Charset;
+
+enum {
+    MOST_CODE = 0x10FFFF, FIRST_SURROGATE = 0xD800, LAST_SURROGATE = 0xDFFF,
+    MOST_REPEATS = 1 << 20,        // in {n,m}; the states have their own limit
+    MOST_GROUPS = 200,             // one in another
+    MOST_NFA = 4096,               // states of a pattern that eat or step
+    MOST_STATES = 32768,           // of an automaton
+    MOST_NEEDS = 1 << 20,          // states times lengths that a table is made for
+    BEYOND = 1 << 30,              // a cost that nothing has, and of two such the sum
+};
+
+static uint32_t plus(uint32_t a, uint32_t b) { return a + b < BEYOND ? a + b : BEYOND; }
+static uint32_t lesser(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+static void charset_add(Arena *a, Charset *s, uint32_t first, uint32_t last) {
+    if (s->n == s->room) {
+        int room = s->room ? 2 * s->room : 4;
+        Interval *more = take(a, (size_t)room * sizeof *more);
+        if (s->n) memcpy(more, s->spans, (size_t)s->n * sizeof *more);
+        s->spans = more, s->room = room;
+    }
+    s->spans[s->n++] = (Interval){ first, last };
+}
+
+static void charset_join(Arena *a, Charset *s, const Charset *other) {
+    for (int i = 0; i < other->n; i++)
+        charset_add(a, s, other->spans[i].first, other->spans[i].last);
+}
+
+static int by_first(const void *a, const void *b) {
+    const Interval *x = a, *y = b;
+    return x->first != y->first ? (x->first < y->first ? -1 : 1) : 0;
+}
+
+static void charset_close(Charset *s) {
+    if (s->n == 0) return;
+    qsort(s->spans, (size_t)s->n, sizeof *s->spans, by_first);
+    int last = 0;
+    for (int i = 1; i < s->n; i++) {
+        if (s->spans[i].first > s->spans[last].last + 1) s->spans[++last] = s->spans[i];
+        else if (s->spans[i].last > s->spans[last].last) s->spans[last].last = s->spans[i].last;
+    }
+    s->n = last + 1;
+}
+
+// All characters that are not in s; surrogates are none.
+static Charset charset_others(Arena *a, Charset s) {
+    Charset all = {0}, others = {0};
+    charset_join(a, &all, &s);
+    charset_add(a, &all, FIRST_SURROGATE, LAST_SURROGATE);
+    charset_close(&all);
+    uint32_t from = 0;
+    for (int i = 0; i < all.n; i++) {
+        if (all.spans[i].first > from) charset_add(a, &others, from, all.spans[i].first - 1);
+        from = all.spans[i].last + 1;
+    }
+    if (from <= MOST_CODE) charset_add(a, &others, from, MOST_CODE);
+    return others;
+}
+
+// A class as two readers understand it: what both take for a member, and what either does.
+typedef struct { Charset both, either; } Class;
+
+static void class_add(Arena *a, Class *c, uint32_t first, uint32_t last) {
+    charset_add(a, &c->both, first, last);
+    charset_add(a, &c->either, first, last);
+}
+
+static Class class_others(Arena *a, const Class *c) {
+    return (Class){ charset_others(a, c->either), charset_others(a, c->both) };
+}
+
+// Letters (1) or numbers (2) of Unicode, as the tokenizer's tables have them.
+static void add_unicode(Arena *a, Charset *s, int kind) {
+    for (uint32_t code = 0, next; code <= MOST_CODE; code = next)
+        if (unicode_class(code, &next) == kind) charset_add(a, s, code, next - 1);
+}
+
+// \d \w \s and their opposites \D \W \S: ECMA-262's digits and words are ASCII, Python's are
+// Unicode's; of white space each knows some that the other does not.
+static bool class_named(Arena *a, char name, Class *c) {
+    static const Interval digits[] = { { '0', '9' } };
+    static const Interval word[] = { { '0', '9' }, { 'A', 'Z' }, { '_', '_' }, { 'a', 'z' } };
+    static const Interval spaces[] = { { 9, 13 }, { 32, 32 }, { 0xA0, 0xA0 }, { 0x1680, 0x1680 },
+                                   { 0x2000, 0x200A }, { 0x2028, 0x2029 }, { 0x202F, 0x202F },
+                                   { 0x205F, 0x205F }, { 0x3000, 0x3000 } };
+    static const Interval more_spaces[] = { { 0x1C, 0x1F }, { 0x85, 0x85 }, { 0xFEFF, 0xFEFF } };
+    static const struct { char name; const Interval *spans; size_t n; } names[] = {
+        { 'd', digits, 1 }, { 'w', word, 4 }, { 's', spaces, 9 },
+    };
+    Class found = {0};
+    size_t i = 0;
+    while (i < 3 && names[i].name != tolower((unsigned char)name)) i++;
+    if (i == 3) return false;
+    for (const Interval *s = names[i].spans; s < names[i].spans + names[i].n; s++)
+        class_add(a, &found, s->first, s->last);
+    if (names[i].name != 's') add_unicode(a, &found.either, 2);
+    if (names[i].name == 'w') add_unicode(a, &found.either, 1);
+    for (size_t k = 0; names[i].name == 's' && k < 3; k++)
+        charset_add(a, &found.either, more_spaces[k].first, more_spaces[k].last);
+    if (isupper((unsigned char)name)) found = class_others(a, &found);
+    charset_join(a, &c->both, &found.both);
+    charset_join(a, &c->either, &found.either);
+    return true;
+}
+
+static const char nothing_matches[] = "nothing matches it";
+
+typedef struct Regex Regex;
+struct Regex {
+    enum { NOTHING, ONE_OF, BEHIND, EITHER, REPEATED, AT_START, AT_END } kind;
+    Charset set;                   // ONE_OF
+    const Regex *a, *b;            // a behind which b stands; either of them; what is repeated
+    uint32_t least, most;          // times; most BEYOND: any number
+};
+
+typedef struct {
+    Arena *arena;
+    const char *at, *end;
+    int groups;                    // open ones
+    const char *flaw;              // or NULL
+} RegexReader;
+
+static const Regex *regex_fail(RegexReader *r, const char *flaw) {
+    static const Regex nothing = { .kind = NOTHING };
+    if (r->flaw == NULL) r->flaw = flaw;
+    r->at = r->end;
+    return &nothing;
+}
+
+static const Regex *regex_node(RegexReader *r, Regex node) {
+    Regex *made = take(r->arena, sizeof *made);
+    *made = node;
+    return made;
+}
+
+static bool regex_take(RegexReader *r, const char *text) {
+    size_t n = strlen(text);
+    if ((size_t)(r->end - r->at) < n || memcmp(r->at, text, n) != 0) return false;
+    r->at += n;
+    return true;
+}
+
+static uint32_t regex_char(RegexReader *r) {
+    uint32_t code;
+    r->at += utf8_char(r->at, (size_t)(r->end - r->at), &code);
+    if (code == UINT32_MAX) regex_fail(r, "it is not UTF-8");
+    return code;
+}
+
+// So many hexadecimal digits, at `at`.
+static uint32_t regex_hex(RegexReader *r, size_t digits) {
+    long code = hex(r->at, (size_t)(r->end - r->at), digits);
+    if (code < 0) return regex_fail(r, "an escape lacks hexadecimal digits"), 0;
+    r->at += digits;
+    return (uint32_t)code;
+}
+
+// What stands behind "\u": HHHH, a pair of them, or {H...}.
+static uint32_t regex_unicode(RegexReader *r) {
+    uint32_t code = 0;
+    if (regex_take(r, "{")) {
+        while (r->at < r->end && *r->at != '}' && code <= MOST_CODE)
+            code = code * 16 + regex_hex(r, 1);
+        if (!regex_take(r, "}") || code > MOST_CODE) regex_fail(r, "a bad \\u{...}");
+        return code;
+    }
+    size_t used;
+    long pair = unicode_escape(r->at - 2, (size_t)(r->end - r->at) + 2, &used);
+    if (pair < 0) return regex_hex(r, 4);
+    r->at += used - 2;
+    return (uint32_t)pair;
+}
+
+// The character of an escape whose letter has been read.
+static uint32_t regex_escape(RegexReader *r, uint32_t letter) {
+    static const char names[] = "tnvfr0", meanings[] = "\t\n\v\f\r";
+    const char *name = letter < 0x80 ? strchr(names, (int)letter) : NULL;
+    bool digit = r->at < r->end && isdigit((unsigned char)*r->at);
+    if (letter == '0' && digit) return regex_fail(r, "an octal escape"), 0;
+    if (name && *name) return (uint8_t)meanings[name - names];
+    if (letter == 'x') return regex_hex(r, 2);
+    if (letter == 'u') return regex_unicode(r);
+    if (letter == 'c' && r->at < r->end && isalpha((unsigned char)*r->at))
+        return (uint32_t)*r->at++ & 31;
+    if (letter < 0x80 && isalnum((int)letter)) regex_fail(r, "an unknown escape");
+    return letter;
+}
+
+// \p{L}, \P{Number} and so on, behind the p.
+static void regex_property(RegexReader *r, bool others, Class *c) {
+    static const struct { const char *name; int kind; } names[] = {
+        { "{L}", 1 }, { "{Letter}", 1 }, { "{gc=L}", 1 }, { "{General_Category=Letter}", 1 },
+        { "{N}", 2 }, { "{Number}", 2 }, { "{gc=N}", 2 }, { "{General_Category=Number}", 2 },
+    };
+    Class found = {0};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (regex_take(r, names[i].name)) {
+            add_unicode(r->arena, &found.both, names[i].kind);
+            found.either = found.both;
+            if (others) found = class_others(r->arena, &found);
+            charset_join(r->arena, &c->both, &found.both);
+            charset_join(r->arena, &c->either, &found.either);
+            return;
+        }
+    regex_fail(r, "of \\p only \\p{L} and \\p{N} are supported");
+}
+
+// One member of a class, whose escape may be a class itself. True: it is *code.
+static bool regex_member(RegexReader *r, Class *c, uint32_t *code) {
+    *code = regex_char(r);
+    if (*code != '\\') return true;
+    if (r->at == r->end) return regex_fail(r, "a backslash at the end"), true;
+    uint32_t letter = regex_char(r);
+    if (letter < 0x80 && class_named(r->arena, (char)letter, c)) return false;
+    if (letter == 'p' || letter == 'P') return regex_property(r, letter == 'P', c), false;
+    *code = letter == 'b' ? 8 : regex_escape(r, letter);
+    return true;
+}
+
+// [...], behind the bracket.
+static const Regex *regex_class(RegexReader *r) {
+    Class c = {0};
+    bool others = regex_take(r, "^");
+    while (r->at < r->end && *r->at != ']') {
+        uint32_t first, last;
+        bool single = regex_member(r, &c, &first);
+        if (!single) continue;
+        last = first;
+        if (r->end - r->at > 1 && r->at[0] == '-' && r->at[1] != ']') {
+            r->at++;
+            if (!regex_member(r, &c, &last) || last < first)
+                return regex_fail(r, "a range out of order");
+        }
+        class_add(r->arena, &c, first, last);
+    }
+    if (!regex_take(r, "]")) return regex_fail(r, "a class lacks its ]");
+    if (others) c = class_others(r->arena, &c);
+    charset_close(&c.both);
+    return regex_node(r, (Regex){ .kind = ONE_OF, .set = c.both });
+}
+
+// What a backslash begins, outside a class.
+static const Regex *regex_escaped(RegexReader *r) {
+    Class c = {0};
+    const char *at = r->at - 1;
+    if (r->at < r->end && strchr("bB", *r->at))
+        return regex_fail(r, "\\b and \\B are not supported");
+    if (r->at < r->end && (*r->at == 'k' || (*r->at >= '1' && *r->at <= '9')))
+        return regex_fail(r, "backreferences are not supported");
+    uint32_t code;
+    r->at = at;
+    if (regex_member(r, &c, &code)) class_add(r->arena, &c, code, code);
+    charset_close(&c.both);
+    return regex_node(r, (Regex){ .kind = ONE_OF, .set = c.both });
+}
+
+// {n}, {n,} or {n,m}, at `at`; false: it is none, and the brace stands for itself.
+static bool regex_counts(RegexReader *r, uint32_t *least, uint32_t *most) {
+    const char *at = r->at + 1;
+    uint32_t numbers[2] = { 0, 0 };
+    int given[2] = { 0, 0 };
+    for (int i = 0; i < 2; i++) {
+        for (; at < r->end && isdigit((unsigned char)*at); at++, given[i]++)
+            if (numbers[i] < MOST_REPEATS) numbers[i] = numbers[i] * 10 + (uint32_t)(*at - '0');
+        if (i == 0 && (given[0] == 0 || at == r->end || *at != ',')) break;
+        if (i == 0) at++;
+    }
+    bool comma = at > r->at && at[-1] == ',';
+    if (given[0] == 0 || at == r->end || *at != '}') return false;
+    *least = numbers[0];
+    *most = given[1] ? numbers[1] : comma ? BEYOND : numbers[0];
+    r->at = at + 1;
+    return true;
+}
+
+static const Regex *regex_repeated(RegexReader *r, const Regex *what) {
+    uint32_t least = 1, most = 1;
+    if (regex_take(r, "*")) least = 0, most = BEYOND;
+    else if (regex_take(r, "+")) most = BEYOND;
+    else if (regex_take(r, "?")) least = 0;
+    else if (r->at == r->end || *r->at != '{' || !regex_counts(r, &least, &most)) return what;
+    if (most < least) return regex_fail(r, "a repetition out of order");
+    regex_take(r, "?");                        // as few as possible: the same texts
+    if (r->at < r->end && strchr("*+?", *r->at)) return regex_fail(r, "nothing to repeat");
+    return regex_node(r, (Regex){ .kind = REPEATED, .a = what, .least = least, .most = most });
+}
+
+// What a parenthesis begins, up to its contents.
+static void regex_open_group(RegexReader *r) {
+    if (++r->groups > MOST_GROUPS) regex_fail(r, "groups are nested too deep");
+    if (!regex_take(r, "?") || regex_take(r, ":")) return;
+    bool named = regex_take(r, "<"), look = r->at < r->end && strchr("=!", *r->at);
+    if (look) regex_fail(r, "lookaround is not supported");
+    else if (!named) regex_fail(r, "an unknown kind of group");
+    else while (r->at < r->end && *r->at++ != '>') {}
+}
+
+// What stands for one character, or for none: ^ and $.
+static const Regex *regex_single(RegexReader *r) {
+    static const uint32_t line_ends[] = { '\n', '\r', 0x2028, 0x2029 };
+    Charset set = {0};
+    if (regex_take(r, "^")) return regex_node(r, (Regex){ .kind = AT_START });
+    if (regex_take(r, "$")) return regex_node(r, (Regex){ .kind = AT_END });
+    if (regex_take(r, "[")) return regex_class(r);
+    if (regex_take(r, "\\")) return regex_escaped(r);
+    if (strchr("*+?", *r->at)) return regex_fail(r, "nothing to repeat");
+    uint32_t code = regex_char(r);
+    if (code == '.') {
+        for (size_t i = 0; i < 4; i++) charset_add(r->arena, &set, line_ends[i], line_ends[i]);
+        set = charset_others(r->arena, set);
+    } else charset_add(r->arena, &set, code, code);
+    return regex_node(r, (Regex){ .kind = ONE_OF, .set = set });
+}
+
+// Alternatives, up to the end or to a parenthesis.
+static const Regex *regex_read(RegexReader *r) {
+    const Regex *before = NULL, *all = regex_node(r, (Regex){ .kind = NOTHING });
+    while (r->at < r->end && *r->at != ')') {
+        const Regex *one;
+        if (regex_take(r, "|")) {
+            before = before ? regex_node(r, (Regex){ .kind = EITHER, .a = before, .b = all }) : all;
+            all = regex_node(r, (Regex){ .kind = NOTHING });
+            continue;
+        }
+        if (regex_take(r, "(")) {
+            regex_open_group(r);
+            one = regex_read(r);
+            r->groups--;
+            if (!regex_take(r, ")")) return regex_fail(r, "a group lacks its )");
+        } else one = regex_single(r);
+        if (one->kind != AT_START && one->kind != AT_END) one = regex_repeated(r, one);
+        all = regex_node(r, (Regex){ .kind = BEHIND, .a = all, .b = one });
+    }
+    return before ? regex_node(r, (Regex){ .kind = EITHER, .a = before, .b = all }) : all;
+}
+
+// A step of the search: it eats a character of its set, or goes on for nothing to one of two, or
+// only at the text's beginning or end; or it is the end.
+typedef struct {
+    enum { EATS, SPLITS, AT_BEGIN_ONLY, AT_END_ONLY, ENDS } kind;
+    int set, next, other;
+} Step;
+
+typedef struct {
+    Arena *arena;
+    Step *steps;                   // [n], room for MOST_NFA
+    const Charset **sets;          // [n_sets], room for MOST_NFA
+    int n, n_sets;
+    const char *flaw;
+} Steps;
+
+static int add_step(Steps *s, Step step) {
+    if (s->n == MOST_NFA) {
+        s->flaw = "it has more than 4096 states";
+        return 0;
+    }
+    s->steps[s->n] = step;
+    return s->n++;
+}
+
+static int set_of(Steps *s, const Charset *set) {
+    for (int i = s->n_sets; i-- > 0;)
+        if (s->sets[i] == set) return i;
+    if (s->n_sets == MOST_NFA) return 0;       // add_step says so
+    s->sets[s->n_sets] = set;
+    return s->n_sets++;
+}
+
+// The steps of a tree, in front of the step `next`. Returns the first.
+static int write_steps(Steps *s, const Regex *r, int next) {
+    if (s->flaw) return 0;
+    switch (r->kind) {
+    case NOTHING: return next;
+    case ONE_OF: return add_step(s, (Step){ EATS, .set = set_of(s, &r->set), .next = next });
+    case BEHIND: return write_steps(s, r->a, write_steps(s, r->b, next));
+    case EITHER:
+        return add_step(s, (Step){ SPLITS, .next = write_steps(s, r->a, next),
+                                   .other = write_steps(s, r->b, next) });
+    case AT_START: return add_step(s, (Step){ AT_BEGIN_ONLY, .next = next });
+    case AT_END: return add_step(s, (Step){ AT_END_ONLY, .next = next });
+    case REPEATED: break;
+    }
+    int at = next;
+    if (r->most == BEYOND) {
+        at = add_step(s, (Step){ SPLITS, .other = next });
+        int body = write_steps(s, r->a, at);
+        s->steps[at].next = body;
+    } else for (uint32_t i = r->least; i < r->most && !s->flaw; i++)
+        at = add_step(s, (Step){ SPLITS, .next = write_steps(s, r->a, at), .other = next });
+    for (uint32_t i = 0; i < r->least && !s->flaw; i++) at = write_steps(s, r->a, at);
+    return at;
+}
+
+// An automaton over characters. Its states are 0 (the first) to states - 1; from each of them an
+// accepting one can be reached.
+typedef struct {
+    uint32_t *starts;              // [spans]: where a span of one class begins; it ends at the next
+    uint16_t *class_of;            // [spans]
+    uint16_t ascii[128];           // the classes of these
+    uint32_t *next;                // [states][classes]: a state, or NO_STATE
+    bool *accepts;                 // [states]
+    uint32_t *weight[2];           // [classes]: bytes of the shortest character, as it is and in a
+                                   // string of JSON
+    uint32_t spans, classes, states;
+} Automaton;
+
+#define NO_STATE UINT32_MAX
+
+// The bytes that a character takes as it is, or in a string of JSON: of the control characters
+// some have short escapes, the others are \u00xx.
+static uint32_t char_bytes(uint32_t code, bool json) {
+    if (json && code < 0x20) return strchr("\b\f\n\r\t", (int)code) && code ? 2 : 6;
+    if (json && (code == '"' || code == '\\')) return 2;
+    return code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+}
+
+static uint32_t span_of(const Automaton *a, uint32_t code) {
+    uint32_t low = 0, high = a->spans;
+    while (high - low > 1) {
+        uint32_t middle = (low + high) / 2;
+        if (a->starts[middle] <= code) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+static uint32_t state_behind(const Automaton *a, uint32_t state, uint32_t code) {
+    uint32_t class = code < 128 ? a->ascii[code] : a->class_of[span_of(a, code)];
+    return a->next[state * a->classes + class];
+}
+
+// What follows from its spans and their classes.
+static void weigh_classes(Arena *arena, Automaton *a) {
+    static const uint32_t lengths[] = { 0x80, 0x800, 0x10000 };
+    for (int json = 0; json < 2; json++) {
+        a->weight[json] = take(arena, a->classes * sizeof(uint32_t));
+        for (uint32_t i = 0; i < a->classes; i++) a->weight[json][i] = BEYOND;
+    }
+    for (uint32_t code = 0; code < 128; code++) a->ascii[code] = a->class_of[span_of(a, code)];
+    for (uint32_t i = 0; i < a->spans; i++) {
+        uint32_t last = i + 1 < a->spans ? a->starts[i + 1] - 1 : MOST_CODE;
+        for (int json = 0; json < 2; json++) {
+            uint32_t *weight = &a->weight[json][a->class_of[i]];
+            for (uint32_t code = a->starts[i]; code <= last && code < 128; code++)
+                *weight = lesser(*weight, char_bytes(code, json));
+            for (int k = 0; k < 3; k++)
+                if (last >= lengths[k] && (k == 2 || a->starts[i] < lengths[k + 1]))
+                    *weight = lesser(*weight, char_bytes(lengths[k], json));
+        }
+    }
+}
+
+// The states that a search may be in, as a sorted list, and the same as an automaton's state.
+typedef struct { const int *steps; int n; } StateSet;
+
+// Many state sets, each found by its contents.
+typedef struct {
+    Arena *arena;
+    StateSet *sets;                // [n], room for MOST_STATES
+    uint32_t *slots;               // [SLOTS]: n + 1; 0: empty
+    uint32_t n;
+} StateSets;
+
+enum { SLOTS = 2 * MOST_STATES };
+
+static uint32_t hash_ints(const int *numbers, int n) {
+    uint64_t h = 14695981039346656037u;
+    for (int i = 0; i < n; i++) h = (h ^ (uint32_t)numbers[i]) * 1099511628211u;
+    return (uint32_t)(h >> 32 ^ h);
+}
+
+static StateSets state_sets(Arena *arena) {
+    StateSets s = { .arena = arena, .sets = take(arena, MOST_STATES * sizeof *s.sets),
+                    .slots = take(arena, SLOTS * sizeof *s.slots) };
+    memset(s.slots, 0, SLOTS * sizeof *s.slots);
+    return s;
+}
+
+// The number of a set, which is new if it was not there. NO_STATE: there is no room for it.
+static uint32_t find_set(StateSets *s, const int *steps, int n) {
+    uint32_t slot = hash_ints(steps, n) % SLOTS;
+    for (; s->slots[slot]; slot = (slot + 1) % SLOTS) {
+        const StateSet *found = &s->sets[s->slots[slot] - 1];
+        if (found->n == n && memcmp(found->steps, steps, (size_t)n * sizeof *steps) == 0)
+            return s->slots[slot] - 1;
+    }
+    if (s->n == MOST_STATES) return NO_STATE;
+    int *copy = take(s->arena, (size_t)n * sizeof *copy + 1);
+    if (n) memcpy(copy, steps, (size_t)n * sizeof *copy);
+    s->sets[s->n] = (StateSet){ copy, n };
+    s->slots[slot] = ++s->n;
+    return s->n - 1;
+}
+
+// Divides all characters into classes: those that the same sets hold. holds[class][set] is a bit.
+static uint64_t *find_classes(const Steps *s, Automaton *a) {
+    size_t words = ((size_t)s->n_sets + 63) / 64 + 1;
+    Charset edges = {0};
+    charset_add(s->arena, &edges, 0, 0);
+    for (int i = 0; i < s->n_sets; i++)
+        for (int k = 0; k < s->sets[i]->n; k++) {
+            Interval span = s->sets[i]->spans[k];
+            charset_add(s->arena, &edges, span.first, span.first);
+            if (span.last < MOST_CODE)
+                charset_add(s->arena, &edges, span.last + 1, span.last + 1);
+        }
+    qsort(edges.spans, (size_t)edges.n, sizeof *edges.spans, by_first);
+    a->starts = take(s->arena, (size_t)edges.n * sizeof *a->starts);
+    a->class_of = take(s->arena, (size_t)edges.n * sizeof *a->class_of);
+    for (int i = 0; i < edges.n; i++)
+        if (i == 0 || edges.spans[i].first != edges.spans[i - 1].first)
+            a->starts[a->spans++] = edges.spans[i].first;
+    uint64_t *held = take(s->arena, a->spans * words * sizeof *held);
+    uint64_t *holds = take(s->arena, a->spans * words * sizeof *holds);
+    memset(held, 0, a->spans * words * sizeof *held);
+    for (int i = 0; i < s->n_sets; i++)
+        for (int k = 0; k < s->sets[i]->n; k++)
+            for (uint32_t at = span_of(a, s->sets[i]->spans[k].first);
+                 at < a->spans && a->starts[at] <= s->sets[i]->spans[k].last; at++)
+                held[at * words + (size_t)i / 64] |= 1ull << i % 64;
+    for (uint32_t i = 0; i < a->spans; i++) {
+        uint32_t class = 0;
+        while (class < a->classes && memcmp(holds + class * words, held + i * words,
+                                            words * sizeof *held) != 0) class++;
+        if (class == a->classes) memcpy(holds + a->classes++ * words, held + i * words,
+                                        words * sizeof *held);
+        a->class_of[i] = (uint16_t)class;
+    }
+    return holds;
+}
+
+// All that can be reached from `from` for nothing; of it the steps that matter, sorted, to out[].
+// marks[] is 0 everywhere before and after.
+typedef struct { const Steps *s; uint8_t *marks; int *stack; } Closure;
+
+static void close_over(const Closure *c, int from, bool at_start, bool at_end) {
+    int n = 0;
+    c->stack[n++] = from;
+    while (n > 0) {
+        int i = c->stack[--n];
+        if (c->marks[i]) continue;
+        c->marks[i] = 1;
+        const Step *step = &c->s->steps[i];
+        bool on = step->kind == SPLITS || (step->kind == AT_BEGIN_ONLY && at_start) ||
+                  (step->kind == AT_END_ONLY && at_end);
+        if (on) c->stack[n++] = step->next;
+        if (step->kind == SPLITS) c->stack[n++] = step->other;
+    }
+}
+
+static int collect_marks(const Closure *c, int *out) {
+    int n = 0;
+    for (int i = 0; i < c->s->n; i++) {
+        int kind = c->s->steps[i].kind;
+        if (c->marks[i] && (kind == EATS || kind == ENDS || kind == AT_END_ONLY)) out[n++] = i;
+        c->marks[i] = 0;
+    }
+    return n;
+}
+
+// May the text end here? `set` has been closed over, but not over its end.
+static bool set_accepts(const Closure *c, const StateSet *set) {
+    bool accepts = false;
+    for (int i = 0; i < set->n; i++) {
+        accepts |= c->s->steps[set->steps[i]].kind == ENDS;
+        if (c->s->steps[set->steps[i]].kind == AT_END_ONLY)
+            close_over(c, set->steps[i], false, true);
+    }
+    for (int i = 0; i < c->s->n; i++) {
+        accepts |= c->marks[i] && c->s->steps[i].kind == ENDS;
+        c->marks[i] = 0;
+    }
+    return accepts;
+}
+
+// The fewest characters to an accepting state, and of the shortest such text the bytes.
+typedef struct { uint32_t chars, bytes; } Need;
+
+static void better_need(Need *least, Need other) {
+    if (other.chars < least->chars ||
+        (other.chars == least->chars && other.bytes < least->bytes)) *least = other;
+}
+
+// A row of needs: of each state one character more than those of `behind`, at least.
+static void needs_before(const Automaton *a, const Need *behind, bool json, Need *row) {
+    for (uint32_t state = 0; state < a->states; state++) {
+        row[state] = (Need){ BEYOND, BEYOND };
+        for (uint32_t class = 0; class < a->classes; class++) {
+            uint32_t next = a->next[state * a->classes + class];
+            if (next == NO_STATE || a->weight[json][class] == BEYOND) continue;
+            better_need(&row[state],
+                        (Need){ plus(behind[next].chars, 1),
+                                plus(behind[next].bytes, a->weight[json][class]) });
+        }
+    }
+}
+
+// The states in the order of their distance to an end: breadth first, against the arrows.
+static void needs_to_end(Arena *arena, const Automaton *a, bool json, Need *row) {
+    uint32_t n = a->states, edges = 0, *first = take(arena, (n + 2) * sizeof *first);
+    uint32_t *queue = take(arena, (n + 1) * sizeof *queue), head = 0, tail = 0;
+    memset(first, 0, (n + 2) * sizeof *first);
+    for (uint32_t i = 0; i < n * a->classes; i++)
+        if (a->next[i] != NO_STATE) first[a->next[i] + 2]++, edges++;
+    for (uint32_t i = 2; i < n + 2; i++) first[i] += first[i - 1];
+    uint32_t *from = take(arena, (edges + 1) * sizeof *from);
+    for (uint32_t i = 0; i < n * a->classes; i++)
+        if (a->next[i] != NO_STATE) from[first[a->next[i] + 1]++] = i;
+    for (uint32_t i = 0; i < n; i++) {
+        row[i] = a->accepts[i] ? (Need){ 0, 0 } : (Need){ BEYOND, BEYOND };
+        if (a->accepts[i]) queue[tail++] = i;
+    }
+    while (head < tail) {
+        uint32_t state = queue[head++];
+        for (uint32_t i = first[state]; i < first[state + 1]; i++) {
+            uint32_t before = from[i] / a->classes;
+            uint32_t weight = a->weight[json][from[i] % a->classes];
+            if (weight == BEYOND || row[before].chars <= row[state].chars) continue;
+            if (row[before].chars == BEYOND) queue[tail++] = before;
+            better_need(&row[before], (Need){ row[state].chars + 1,
+                                              plus(row[state].bytes, weight) });
+        }
+    }
+}
+
+// Leaves out the arrows to states from which no end can be reached. False: the first is one.
+static bool drop_dead_states(Arena *arena, Automaton *a) {
+    Need *row = take(arena, a->states * sizeof *row);
+    needs_to_end(arena, a, false, row);
+    for (uint32_t i = 0; i < a->states * a->classes; i++)
+        if (a->next[i] != NO_STATE && row[a->next[i]].chars == BEYOND) a->next[i] = NO_STATE;
+    return row[0].chars < BEYOND;
+}
+
+// Room for one state's row more in a->next, which has `room` of them.
+static void grow_states(Arena *arena, Automaton *a, uint32_t state, uint32_t *room) {
+    if (state < *room) return;
+    *room = *room ? 2 * *room : 16;
+    uint32_t *more = take(arena, *room * a->classes * sizeof *more);
+    if (state) memcpy(more, a->next, state * a->classes * sizeof *more);
+    a->next = more;
+}
+
+// A copy that lasts: what an automaton was made with is given up.
+static const Automaton *keep_automaton(Arena *arena, const Automaton *a) {
+    size_t arrows = (size_t)a->states * a->classes;
+    Automaton *kept = take(arena, sizeof *kept);
+    *kept = *a;
+    kept->starts = take_copy(arena, a->starts, a->spans * sizeof *a->starts);
+    kept->class_of = take_copy(arena, a->class_of, a->spans * sizeof *a->class_of);
+    kept->next = take_copy(arena, a->next, arrows * sizeof *a->next);
+    kept->accepts = take_copy(arena, a->accepts, a->states * sizeof *a->accepts);
+    for (int json = 0; json < 2; json++)
+        kept->weight[json] = take_copy(arena, a->weight[json], a->classes * sizeof(uint32_t));
+    return kept;
+}
+
+// The automaton of the steps from `entry` on (Rabin and Scott's sets of states).
+static const char *find_states(Steps *s, int entry, Automaton *a) {
+    uint64_t *holds = find_classes(s, a);
+    size_t words = ((size_t)s->n_sets + 63) / 64 + 1;
+    uint32_t room = 0;
+    weigh_classes(s->arena, a);
+    Closure c = { s, take(s->arena, (size_t)s->n), take(s->arena, 2 * MOST_NFA * sizeof(int)) };
+    int *reached = take(s->arena, (size_t)s->n * sizeof *reached);
+    memset(c.marks, 0, (size_t)s->n);
+    StateSets sets = state_sets(s->arena);
+    close_over(&c, entry, true, false);
+    find_set(&sets, reached, collect_marks(&c, reached));
+    a->accepts = take(s->arena, MOST_STATES * sizeof *a->accepts);
+    for (uint32_t state = 0; state < sets.n; state++) {
+        grow_states(s->arena, a, state, &room);
+        const StateSet set = sets.sets[state];
+        a->accepts[state] = set_accepts(&c, &set);
+        for (uint32_t class = 0; class < a->classes; class++) {
+            bool any = false;
+            for (int i = 0; i < set.n; i++) {
+                const Step *step = &s->steps[set.steps[i]];
+                size_t word = class * words + (size_t)step->set / 64;
+                if (step->kind != EATS || !(holds[word] >> step->set % 64 & 1)) continue;
+                close_over(&c, step->next, false, false);
+                any = true;
+            }
+            uint32_t *next = &a->next[state * a->classes + class];
+            *next = NO_STATE;
+            if (!any) continue;
+            *next = find_set(&sets, reached, collect_marks(&c, reached));
+            if (*next == NO_STATE) return "its automaton has more than 32768 states";
+        }
+    }
+    a->states = sets.n;
+    return drop_dead_states(s->arena, a) ? NULL : nothing_matches;
+}
+
+// The steps of a pattern: of all texts that hold a match of it or, `whole`, are one. Returns the
+// first.
+static int steps_of(Steps *s, const Regex *tree, bool whole) {
+    Charset *all = take(s->arena, sizeof *all);
+    *all = charset_others(s->arena, (Charset){0});
+    int end = add_step(s, (Step){ .kind = ENDS }), any = set_of(s, all);
+    if (whole) return write_steps(s, tree, end);
+    int behind = add_step(s, (Step){ SPLITS, .other = end });
+    s->steps[behind].next = add_step(s, (Step){ EATS, .set = any, .next = behind });
+    int entry = write_steps(s, tree, behind);
+    int before = add_step(s, (Step){ SPLITS, .other = entry });
+    int eats = add_step(s, (Step){ EATS, .set = any, .next = before });
+    if (!s->flaw) s->steps[before].next = eats;
+    return before;
+}
+
+// The automaton of a pattern; NULL: *flaw says why there is none.
+static const Automaton *automaton_of(Arena *arena, const char *pattern, size_t n, bool whole,
+                                     const char **flaw) {
+    Arena scratch = {0};
+    Automaton a = {0};
+    RegexReader reader = { .arena = &scratch, .at = pattern, .end = pattern + n };
+    const Regex *tree = regex_read(&reader);
+    if (!reader.flaw && reader.at < reader.end) reader.flaw = "a ) without its group";
+    *flaw = reader.flaw;
+    Steps s = { .arena = &scratch, .steps = take(&scratch, MOST_NFA * sizeof *s.steps),
+                .sets = take(&scratch, MOST_NFA * sizeof *s.sets) };
+    int entry = *flaw ? 0 : steps_of(&s, tree, whole);
+    if (!*flaw) *flaw = s.flaw;
+    if (!*flaw) *flaw = find_states(&s, entry, &a);
+    const Automaton *kept = *flaw ? NULL : keep_automaton(arena, &a);
+    arena_free(&scratch);
+    return kept;
+}
+
+// The characters that two automata tell apart, as pairs of their classes: pairs[class].
+static uint32_t *pair_classes(Arena *arena, const Automaton *x, const Automaton *y, Automaton *a) {
+    uint32_t spans = x->spans + y->spans, *pairs = take(arena, spans * sizeof *pairs), i = 0, k = 0;
+    a->starts = take(arena, spans * sizeof *a->starts);
+    a->class_of = take(arena, spans * sizeof *a->class_of);
+    for (uint32_t start = 0; start <= MOST_CODE;) {
+        uint32_t pair = (uint32_t)x->class_of[i] << 16 | y->class_of[k], class = 0;
+        while (class < a->classes && pairs[class] != pair) class++;
+        if (class == a->classes) pairs[a->classes++] = pair;
+        a->starts[a->spans] = start;
+        a->class_of[a->spans++] = (uint16_t)class;
+        uint32_t next_x = i + 1 < x->spans ? x->starts[i + 1] : MOST_CODE + 1;
+        uint32_t next_y = k + 1 < y->spans ? y->starts[k + 1] : MOST_CODE + 1;
+        start = lesser(next_x, next_y);
+        i += start == next_x, k += start == next_y;
+    }
+    weigh_classes(arena, a);
+    return pairs;
+}
+
+static const char *find_pairs(Arena *arena, const Automaton *x, const Automaton *y, Automaton *a) {
+    const uint32_t *pairs = pair_classes(arena, x, y, a);
+    StateSets sets = state_sets(arena);
+    find_set(&sets, (int[]){ 0, 0 }, 2);
+    a->accepts = take(arena, MOST_STATES * sizeof *a->accepts);
+    for (uint32_t state = 0, room = 0; state < sets.n; state++) {
+        grow_states(arena, a, state, &room);
+        uint32_t in_x = (uint32_t)sets.sets[state].steps[0];
+        uint32_t in_y = (uint32_t)sets.sets[state].steps[1];
+        a->accepts[state] = x->accepts[in_x] && y->accepts[in_y];
+        for (uint32_t class = 0; class < a->classes; class++) {
+            uint32_t to_x = x->next[in_x * x->classes + (pairs[class] >> 16)];
+            uint32_t to_y = y->next[in_y * y->classes + (pairs[class] & 0xFFFF)];
+            uint32_t *next = &a->next[state * a->classes + class];
+            *next = NO_STATE;
+            if (to_x == NO_STATE || to_y == NO_STATE) continue;
+            *next = find_set(&sets, (int[]){ (int)to_x, (int)to_y }, 2);
+            if (*next == NO_STATE) return "two patterns together have more than 32768 states";
+        }
+    }
+    a->states = sets.n;
+    return drop_dead_states(arena, a) ? NULL : nothing_matches;
+}
+
+// The automaton of what both accept; NULL: *flaw says why there is none.
+static const Automaton *automaton_of_both(Arena *arena, const Automaton *x, const Automaton *y,
+                                          const char **flaw) {
+    Arena scratch = {0};
+    Automaton a = {0};
+    *flaw = find_pairs(&scratch, x, y, &a);
+    const Automaton *kept = *flaw ? NULL : keep_automaton(arena, &a);
+    arena_free(&scratch);
+    return kept;
+}
+
+// Texts of characters that an automaton accepts, of least to most characters: what is needed to
+// reach an end. A row of needs for each number of characters that are still missing.
+typedef struct {
+    const Automaton *automaton;
+    uint32_t least, most;
+    bool json;                     // written as a string of JSON, else as they are
+    const Need *needs;             // [least + 1][states]
+    Need worst;                    // the most of each
+} Language;
+
+static const Need *need_of(const Language *l, uint32_t state, uint32_t count) {
+    uint32_t missing = count < l->least ? l->least - count : 0;
+    return &l->needs[missing * l->automaton->states + state];
+}
+
+// May a text be in this state after so many characters?
+static bool lives(const Language *l, uint32_t state, uint32_t count) {
+    return state != NO_STATE && plus(need_of(l, state, count)->chars, count) <= l->most;
+}
+
+// Finds what is needed. NULL, or why it cannot be.
+static const char *find_needs(Arena *arena, Language *l) {
+    const Automaton *a = l->automaton;
+    if ((uint64_t)a->states * (l->least + 1ull) > MOST_NEEDS)
+        return "minLength times the pattern's states is more than 1048576";
+    Need *needs = take(arena, (l->least + 1) * a->states * sizeof *needs);
+    needs_to_end(arena, a, l->json, needs);
+    for (uint32_t i = 1; i <= l->least; i++)
+        needs_before(a, needs + (i - 1) * a->states, l->json, needs + i * a->states);
+    for (uint32_t i = 0; i < (l->least + 1) * a->states; i++) {
+        if (needs[i].chars == BEYOND) continue;
+        if (needs[i].chars > l->worst.chars) l->worst.chars = needs[i].chars;
+        if (needs[i].bytes > l->worst.bytes) l->worst.bytes = needs[i].bytes;
+    }
+    l->needs = needs;
+    return NULL;
+}
+
+// Does it accept this text, in UTF-8?
+static bool language_holds(const Language *l, const char *s, size_t n) {
+    uint32_t state = 0, count = 0, code;
+    for (size_t length; n > 0 && state != NO_STATE; s += length, n -= length, count++) {
+        length = utf8_char(s, n, &code);
+        state = code == UINT32_MAX ? NO_STATE : state_behind(l->automaton, state, code);
+    }
+    return state != NO_STATE && l->automaton->accepts[state] && count >= l->least &&
+           count <= l->most;
+}
+
+// ---- 14. Schema ----
+// A JSON Schema becomes a graph of values: each may be one of several atoms (words, strings,
+// numbers, arrays, objects), and arrays and objects name the values inside them. A value is known
+// by the schemas that hold for it all at once, so allOf, $ref and what stands beside them merge by
+// themselves, and recursion ends where the same schemas meet again. Everything that is not
+// supported is refused, all at once, each with its JSON pointer. Of each atom the fewest tokens
+// that write it are found, so that a text can always be brought to its end within a limit.
+
+// A node of a trie of tokens, depth first: its children begin behind it.
+typedef struct {
+    uint32_t token;                // that ends here, or TOKENIZER_NONE
+    uint32_t end;                  // the first node that is not below it
+    uint16_t depth;                // 0: the token's first byte
+    uint8_t byte;
+} TrieNode;
+
+typedef struct {
+    TrieNode *nodes;               // [n]
+    uint32_t n, roots[256];        // the node of a token's first byte; n: there is none
+} Trie;
+
+// The tokens that may be drawn.
+typedef struct {
+    Trie all, quotes;              // quotes: those that hold a quotation mark
+    uint32_t most_bytes;           // of a token
+    uint64_t *usable;              // a bit a token
+    Tokenizer *tokenizer;
+    Arena arena;
+} Vocabulary;
+
+enum { LONGEST_USABLE = 1024 };    // bytes of a token; longer ones are not drawn
+
+typedef struct { const char *text; size_t n; uint32_t token; } TokenText;
+
+static int by_text(const void *a, const void *b) {
+    const TokenText *x = a, *y = b;
+    int order = memcmp(x->text, y->text, x->n < y->n ? x->n : y->n);
+    return order ? order : x->n < y->n ? -1 : x->n > y->n;
+}
+
+// Tokens that the encoder makes of their own text. The others it never makes (an added token,
+// mostly the single space, lies in them), so the model was not trained on them.
+static size_t usable_tokens(Tokenizer *t, TokenText *found) {
+    size_t n = 0;
+    for (uint32_t id = 0; id < t->tokens; id++) {
+        TokenText one = { .token = id };
+        one.text = tokenizer_text(t, id, &one.n);
+        uint32_t ids[LONGEST_USABLE];
+        if (one.n == 0 || one.n > LONGEST_USABLE || tokenizer_is_special(t, id)) continue;
+        if (tokenizer_encode(t, one.text, one.n, true, ids) == 1 && ids[0] == id) found[n++] = one;
+    }
+    qsort(found, n, sizeof *found, by_text);
+    return n;
+}
+
+// The trie of n tokens in the order of their bytes.
+static Trie trie_of(Arena *arena, const TokenText *texts, size_t n) {
+    size_t bytes = 0;
+    for (size_t i = 0; i < n; i++) bytes += texts[i].n;
+    Trie t = { .nodes = take(arena, bytes * sizeof *t.nodes) };
+    uint32_t path[LONGEST_USABLE], depth = 0;
+    for (const TokenText *one = texts; one < texts + n; one++) {
+        uint32_t shared = 0;
+        while (shared < depth && shared < one->n &&
+               t.nodes[path[shared]].byte == (uint8_t)one->text[shared]) shared++;
+        while (depth > shared) t.nodes[path[--depth]].end = t.n;
+        for (; depth < one->n; depth++) {
+            path[depth] = t.n;
+            t.nodes[t.n++] = (TrieNode){ .token = TOKENIZER_NONE, .depth = (uint16_t)depth,
+                                         .byte = (uint8_t)one->text[depth] };
+        }
+        t.nodes[path[depth - 1]].token = one->token;
+    }
+    while (depth > 0) t.nodes[path[--depth]].end = t.n;
+    for (int byte = 0; byte < 256; byte++) t.roots[byte] = t.n;
+    for (uint32_t i = 0; i < t.n; i = t.nodes[i].end) t.roots[t.nodes[i].byte] = i;
+    return t;
+}
+
+// Each byte has a token of its own, so that every text can be written.
+static Vocabulary *vocabulary_open(Tokenizer *t) {
+    Vocabulary *v = allocate(1, sizeof *v);
+    TokenText *texts = allocate_raw(t->tokens, sizeof *texts, LINE_BYTES);
+    size_t n = usable_tokens(t, texts), quotes = 0;
+    v->tokenizer = t;
+    v->all = trie_of(&v->arena, texts, n);
+    v->usable = allocate(t->tokens / 64 + 1, sizeof *v->usable);
+    for (size_t i = 0; i < n; i++) {
+        v->usable[texts[i].token / 64] |= 1ull << texts[i].token % 64;
+        if (texts[i].n > v->most_bytes) v->most_bytes = (uint32_t)texts[i].n;
+        if (memchr(texts[i].text, '"', texts[i].n)) texts[quotes++] = texts[i];
+    }
+    v->quotes = trie_of(&v->arena, texts, quotes);
+    free(texts);
+    return v;
+}
+
+static void vocabulary_close(Vocabulary *v) {
+    if (v == NULL) return;
+    arena_free(&v->arena);
+    free(v->usable);
+    free(v);
+}
+
+// The node below another one on this byte; t->n: there is none.
+static uint32_t trie_child(const Trie *t, uint32_t node, uint8_t byte) {
+    for (uint32_t i = node + 1; i < t->nodes[node].end; i = t->nodes[i].end)
+        if (t->nodes[i].byte == byte) return i;
+    return t->n;
+}
+
+// The fewest tokens that write text[i .. n), of each i, to left[0 .. n].
+static void count_tokens(const Vocabulary *v, const char *text, size_t n, uint32_t *left) {
+    const Trie *t = &v->all;
+    left[n] = 0;
+    for (size_t i = n; i-- > 0;) {
+        uint32_t node = t->roots[(uint8_t)text[i]];
+        left[i] = BEYOND;
+        for (size_t end = i + 1; node < t->n; end++) {
+            if (t->nodes[node].token != TOKENIZER_NONE)
+                left[i] = lesser(left[i], plus(left[end], 1));
+            if (end == n) break;
+            node = trie_child(t, node, (uint8_t)text[end]);
+        }
+    }
+}
+
+// May this token be drawn?
+static bool usable(const Vocabulary *v, uint32_t token) {
+    return token < v->tokenizer->tokens && v->usable[token / 64] >> token % 64 & 1;
+}
+
+static uint32_t tokens_of(const Vocabulary *v, const char *text) {
+    uint32_t left[16];
+    count_tokens(v, text, strlen(text), left);
+    return left[0];
+}
+
+typedef struct Value Value;
+typedef struct Item Item;
+struct Item {                      // of JSON: a value and where it stands
+    enum { IS_NULL, IS_FALSE, IS_TRUE, IS_NUMBER, IS_STRING, IS_LIST, IS_OBJECT } kind;
+    const char *source;            // [size]: as it stands in the text
+    size_t size;
+    const char *text;              // [length]: what a string says
+    size_t length;
+    const char *name;              // [name_length]: of the member that it is
+    size_t name_length;
+    Item *parent, *first, *next;
+    int n, index;                  // children; its place among its parent's
+    bool checked;                  // as a schema
+    bool on_path, no_cycle;        // of schemas that hold at once: see has_cycle
+    bool noted;                    // a oneOf, to be proven
+    const Automaton *automaton;    // of a pattern or a format
+};
+
+static void read_string(Arena *arena, Json *j, const char **text, size_t *n) {
+    Bytes said = {0};
+    append(&said, "", 0);
+    json_string(j, &said);
+    *text = take_copy(arena, said.data, said.size + 1);
+    *n = said.size;
+    free(said.data);
+}
+
+// A value of JSON that is known to be sound.
+static Item *read_item(Arena *arena, Json *j, Item *parent) {
+    Item *item = take(arena, sizeof *item), **last = &item->first;
+    json_skip_space(j);
+    *item = (Item){ .parent = parent, .source = j->at };
+    char c = *j->at;
+    bool object = c == '{';
+    if (c == '"') {
+        item->kind = IS_STRING;
+        read_string(arena, j, &item->text, &item->length);
+    } else if (object || c == '[') {
+        item->kind = object ? IS_OBJECT : IS_LIST;
+        j->at++;
+        for (bool more = !json_take(j, object ? '}' : ']'); more; more = json_take(j, ',')) {
+            const char *name = NULL;
+            size_t length = 0;
+            if (object) read_string(arena, j, &name, &length);
+            if (object) json_take(j, ':');
+            Item *child = read_item(arena, j, item);
+            child->name = name, child->name_length = length, child->index = item->n++;
+            *last = child;
+            last = &child->next;
+        }
+        if (item->n) json_take(j, object ? '}' : ']');
+    } else {
+        item->kind = c == 'n' ? IS_NULL : c == 'f' ? IS_FALSE : c == 't' ? IS_TRUE : IS_NUMBER;
+        json_value(j, 0);
+    }
+    item->size = (size_t)(j->at - item->source);
+    return item;
+}
+
+static bool is_text(const char *text, size_t n, const char *word) {
+    return n == strlen(word) && memcmp(text, word, n) == 0;
+}
+
+static bool says(Item *i, const char *word) {
+    return i->kind == IS_STRING && is_text(i->text, i->length, word);
+}
+
+// The member of an object with this name, the last of equals; NULL: there is none.
+static Item *member_named(Item *object, const char *name, size_t n) {
+    Item *found = NULL;
+    if (object == NULL || object->kind != IS_OBJECT) return NULL;
+    for (Item *m = object->first; m; m = m->next)
+        if (m->name_length == n && memcmp(m->name, name, n) == 0) found = m;
+    return found;
+}
+
+static Item *member_of(Item *object, const char *name) {
+    return member_named(object, name, strlen(name));
+}
+
+// Where an item stands: a JSON pointer (RFC 6901).
+static void append_pointer(Bytes *out, Item *item) {
+    if (item->parent == NULL) return;
+    append_pointer(out, item->parent);
+    append_string(out, "/");
+    if (item->parent->kind == IS_LIST) append_format(out, "%d", item->index);
+    for (size_t i = 0; item->parent->kind == IS_OBJECT && i < item->name_length; i++) {
+        char c = item->name[i];
+        if (c == '~' || c == '/') append_string(out, c == '~' ? "~0" : "~1");
+        else append(out, &c, 1);
+    }
+}
+
+// A number as digits * 10^exponent, the digits not ending in 0. False: it has too many digits.
+typedef __int128 Wide;
+typedef struct { Wide digits; int exponent; } Decimal;     // the digits with their sign
+
+enum { MOST_DIGITS = 36 };         // that a Wide holds
+
+static bool decimal_of(Item *item, Decimal *d) {
+    const char *s = item->source, *end = s + item->size;
+    bool negative = *s == '-', point = false;
+    long exponent = 0, written = 0;
+    *d = (Decimal){0};
+    int digits = 0;
+    for (s += negative; s < end && *s != 'e' && *s != 'E'; s++) {
+        if (*s == '.') point = true;
+        else if (*s == '0' && digits == 0) exponent -= point;
+        else if (digits++ < MOST_DIGITS) d->digits = d->digits * 10 + (*s - '0'), exponent -= point;
+        else if (*s != '0') return false;
+        else exponent += !point;
+    }
+    bool minus = end - s > 1 && s[1] == '-';
+    for (s += s < end ? 1 + (s[1] == '-' || s[1] == '+') : 0; s < end; s++)
+        if (written < 10000) written = written * 10 + (*s - '0');
+    exponent += minus ? -written : written;
+    while (d->digits && d->digits % 10 == 0) d->digits /= 10, exponent++;
+    d->exponent = d->digits ? (int)exponent : 0;
+    if (negative) d->digits = -d->digits;
+    return true;
+}
+
+static bool same_item(Item *a, Item *b) {
+    Decimal x, y;
+    if (a->kind != b->kind) return false;
+    switch (a->kind) {
+    case IS_NUMBER:
+        return decimal_of(a, &x) && decimal_of(b, &y) && x.digits == y.digits &&
+               x.exponent == y.exponent;
+    case IS_STRING: return a->length == b->length && memcmp(a->text, b->text, a->length) == 0;
+    case IS_LIST: case IS_OBJECT: break;
+    default: return true;
+    }
+    Item *other = b->first;
+    for (Item *i = a->first; i; i = i->next) {
+        if (a->kind == IS_OBJECT) other = member_named(b, i->name, i->name_length);
+        if (other == NULL || !same_item(i, other)) return false;
+        other = other->next;
+    }
+    return a->n == b->n;
+}
+
+// The fewest tokens that write something, and how deep what they write is nested.
+typedef struct { uint32_t tokens, depth; } Cost;
+
+static const Cost no_way = { BEYOND, 0 };
+
+static Cost cheaper(Cost a, Cost b) {
+    bool less = a.tokens < b.tokens || (a.tokens == b.tokens && a.depth < b.depth);
+    return less ? a : b;
+}
+
+// One behind the other.
+static Cost both_costs(Cost a, Cost b) {
+    return (Cost){ plus(a.tokens, b.tokens), a.depth > b.depth ? a.depth : b.depth };
+}
+
+static Cost and_tokens(Cost a, uint32_t tokens) {
+    return (Cost){ plus(a.tokens, tokens), a.depth };
+}
+
+// A text that is known: of an enum as it stands in JSON; of a member its name, "name": with both
+// quotes and the colon.
+typedef struct {
+    const char *text;              // [length]
+    uint32_t length;
+    const uint32_t *left[2];       // [length + 1]: tokens to its end; to the quote that opens a
+                                   // string behind it (of a member)
+    // Of a member, from where it may follow: behind {, behind a comma's place, behind a quote that
+    // is due and a comma's.
+    uint32_t opened[2], joined[2], quoted[2];
+    const Value *value;            // of a member
+    uint32_t number;               // its place in the order of the schema
+    bool required;
+} Word;
+
+// Numbers between bounds, in units of 10^-scale.
+typedef struct {
+    Wide low, high, multiple;      // inclusive; what they must be multiples of
+    int scale, most_digits;        // digits after the point at most; in all
+    bool exponent;                 // may be written with one
+} Numbers;
+
+typedef struct {
+    const Value **first;           // [n_first]: of the first items
+    const Value *rest;             // of those behind them
+    uint32_t n_first, least, most;
+    const Cost *left[2];           // [least + 1]: tokens behind so many items; where a quote is due
+} List;
+
+// Members come in the order of the schema, optional ones may be left out. A free name may stand
+// anywhere: it is none of the schema's, and was not used before.
+typedef struct {
+    const Word *words;             // [n], sorted by their text
+    const uint32_t *order;         // [n]: the word of each member, in the schema's order
+    const uint32_t *required;      // [n + 1]: how many of the members from each on are
+    uint32_t n, least, most;
+    const Cost *left[2];           // [n + 1][least + 1]: tokens behind a value, by the next member
+                                   // that may follow and how many are still missing
+    const Value *free;             // of members with free names; NULL: there are none
+    Language names;                // of these
+    const Word *taken;             // [n_taken]: names that are not free, without colons
+    uint32_t n_taken, name_bytes;  // bytes of a free name, if members must have one
+    bool any_name;                 // is free, if it is not taken
+    bool closed;                   // by its schema, and not only by us
+} Members;
+
+typedef struct {
+    enum { WORDS, STRING, NUMBER, ARRAY, OBJECT } kind;
+    bool quoted;                   // it stands in quotes
+    Cost cost;                     // of it all, or of what stands between its quotes
+    const Word *words;             // [n_words], sorted: WORDS
+    uint32_t n_words;
+    Language language;             // STRING
+    Numbers numbers;                   // NUMBER
+    List list;                     // ARRAY
+    Members members;               // OBJECT
+} Atom;
+
+typedef struct {                   // a schema that holds for a value, or what else does
+    Item *item;
+    enum { SCHEMA, CONSTANT, FORBIDS, ONE_AMONG } kind;      // of ONE_AMONG the item is the list
+} Entry;
+
+typedef struct { const Entry *at; int n; } Entries;
+
+struct Value {
+    Entries entries, key;          // all that hold; the same, sorted
+    Atom **atoms;                  // [n], room for MOST_ATOMS: it is one of them
+    int n;
+    Bytes listed[2];               // Words that it may be: without quotes, and in them
+    Cost inner, whole;             // of the cheapest in quotes, between them; of the others
+};
+
+enum {
+    MOST_VALUES = 10000, MOST_ATOMS = 256, MOST_EXPANSIONS = 10000, MOST_LISTED = 1 << 16,
+    MOST_WORDS = 1 << 16, USUAL_DIGITS = 15, MOST_WHOLE = 18,
+};
+
+// What is being compiled, and what came of it.
+typedef struct {
+    Arena arena;
+    const Vocabulary *vocabulary;
+    Item *root;
+    const Texts *ignored;          // keywords that are not enforced where they are not supported
+    Texts refusals, unchecked;
+    Value **values;                // [n_values]
+    Item **due;                    // [n_due]: schemas that are still to be checked
+    Item **one_ofs;                // [n_one_ofs]: whose alternatives must exclude each other
+    int n_values, n_due, n_one_ofs, expansions;
+    const Value *value;            // of the whole text
+    uint32_t least_tokens, deepest;
+    const Automaton *any;          // of all texts
+    long number;                   // of all that are made, from 1
+    bool empty;                    // only the empty text fits
+    int users;                     // requests that hold it
+} Schema;
+
+// A keyword that is not supported, or is not as it should be. With --schema-ignore it is left out
+// and remembered. True: it is refused.
+static bool refuse(Schema *c, Item *at, const char *keyword, const char *why) {
+    Bytes line = {0};
+    bool own = at->parent && at->name && is_text(at->name, at->name_length, keyword);
+    append_string(&line, "#");
+    append_pointer(&line, own ? at->parent : at);
+    bool ignored = false;
+    for (int i = 0; c->ignored && i < c->ignored->n; i++)
+        ignored |= strcmp(c->ignored->texts[i].data, keyword) == 0;
+    append_format(&line, ": %s: %s", keyword, why);
+    Texts *lines = ignored ? &c->unchecked : &c->refusals;
+    for (int i = 0; i < lines->n; i++)
+        if (strcmp(lines->texts[i].data, line.data) == 0) return free(line.data), !ignored;
+    add_text(lines, line);
+    return !ignored;
+}
+
+// A number that counts: not negative, and whole. At most BEYOND - 1.
+static bool count_of(Item *item, uint32_t *count) {
+    Decimal d;
+    if (item->kind != IS_NUMBER || !decimal_of(item, &d) || d.digits < 0 || d.exponent < 0)
+        return false;
+    Wide n = d.digits;
+    for (int i = 0; i < d.exponent && n < BEYOND; i++) n *= 10;
+    *count = n < BEYOND ? (uint32_t)n : BEYOND - 1;
+    return true;
+}
+
+static Item *find_anchor(Item *in, const char *name, size_t n) {
+    Item *anchor = member_of(in, "$anchor"), *id = member_of(in, "id");
+    if (anchor && anchor->length == n && memcmp(anchor->text, name, n) == 0) return in;
+    if (id && id->length == n + 1 && *id->text == '#' && memcmp(id->text + 1, name, n) == 0)
+        return in;
+    for (Item *child = in->first; child; child = child->next) {
+        Item *found = find_anchor(child, name, n);
+        if (found) return found;
+    }
+    return NULL;
+}
+
+// What one name of a JSON pointer in a URI's fragment leads to.
+static Item *follow_name(Item *at, const char *s, size_t n) {
+    char name[256];
+    size_t length = 0;
+    for (size_t i = 0; i < n && length < sizeof name; i++) {
+        char c = s[i];
+        if (c == '%' && hex(s + i + 1, n - i - 1, 2) >= 0) {
+            c = (char)hex(s + i + 1, n - i - 1, 2);
+            i += 2;
+        }
+        if (c == '~' && i + 1 < n && (s[i + 1] == '0' || s[i + 1] == '1'))
+            c = s[++i] == '0' ? '~' : '/';
+        name[length++] = c;
+    }
+    if (at->kind == IS_OBJECT) return member_named(at, name, length);
+    if (at->kind != IS_LIST || length == 0 || length > 9) return NULL;
+    int index = 0;
+    for (size_t i = 0; i < length; i++) {
+        if (!isdigit((unsigned char)name[i])) return NULL;
+        index = index * 10 + (name[i] - '0');
+    }
+    Item *child = at->first;
+    while (child && child->index != index) child = child->next;
+    return child;
+}
+
+// Where a $ref leads, or NULL. Only into the same document.
+static Item *follow_reference(const Schema *c, Item *reference) {
+    const char *s = reference->text;
+    size_t n = reference->length;
+    Item *id = member_of(c->root, "$id"), *at = c->root;
+    if (id == NULL) id = member_of(c->root, "id");
+    size_t base = id && id->kind == IS_STRING ? id->length : 0;
+    while (base && id->text[base - 1] == '#') base--;
+    if (base && n >= base && memcmp(s, id->text, base) == 0) s += base, n -= base;
+    else if (n == 0 || *s != '#') return NULL;
+    if (n) s++, n--;
+    if (n && *s != '/') return find_anchor(c->root, s, n);
+    while (at && n) {
+        size_t length = 0;
+        s++, n--;
+        while (length < n && s[length] != '/') length++;
+        at = follow_name(at, s, length);
+        s += length, n -= length;
+    }
+    return at;
+}
+
+// Formats that are enforced, as patterns of the whole text (RFC 3339, 5321, 1123, 4291, 4122, 3986;
+// ISO 8601 for durations). Years begin with 1: Python knows no year 0. No leap seconds.
+#define DIGITS_2(most) "(?:[0-" most "]\\d)"
+#define DATE "(?:(?:\\d{3}[1-9]|\\d\\d[1-9]\\d|\\d[1-9]\\d\\d|[1-9]\\d{3})-(?:(?:0[13578]|1[02])-" \
+    "(?:0[1-9]|[12]\\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\\d|30)|02-(?:0[1-9]|1\\d|2[0-8]))|" \
+    "(?:\\d\\d(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)-02-29)"
+#define HOURS "(?:[01]\\d|2[0-3])"
+#define TIME HOURS ":[0-5]\\d:[0-5]\\d(?:\\.\\d+)?(?:[Zz]|[+-]" HOURS ":[0-5]\\d)"
+#define IN_A_DAY "T(?:\\d+H(?:\\d+M(?:\\d+S)?)?|\\d+M(?:\\d+S)?|\\d+S)"
+#define LABEL "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+#define HOST LABEL "(?:\\." LABEL ")*"
+#define BYTE "(?:25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)"
+#define IPV4 BYTE "(?:\\." BYTE "){3}"
+#define H16 "[0-9A-Fa-f]{1,4}"
+#define LOW_32 "(?:" H16 ":" H16 "|" IPV4 ")"
+#define IPV6 "(?:(?:" H16 ":){6}" LOW_32 "|::(?:" H16 ":){5}" LOW_32 "|(?:" H16 ")?::(?:" H16 \
+    ":){4}" LOW_32 "|(?:(?:" H16 ":)?" H16 ")?::(?:" H16 ":){3}" LOW_32 "|(?:(?:" H16 ":){0,2}" \
+    H16 ")?::(?:" H16 ":){2}" LOW_32 "|(?:(?:" H16 ":){0,3}" H16 ")?::" H16 ":" LOW_32 "|(?:(?:" \
+    H16 ":){0,4}" H16 ")?::" LOW_32 "|(?:(?:" H16 ":){0,5}" H16 ")?::" H16 "|(?:(?:" H16 \
+    ":){0,6}" H16 ")?::)"
+#define ATOM "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+#define PLAIN_URI "[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2}"
+#define SEGMENT "(?:" PLAIN_URI "|[:@])"
+
+static const struct { const char *name, *pattern; uint32_t most; } text_formats[] = {
+    { "date", DATE, BEYOND },
+    { "time", TIME, BEYOND },
+    { "date-time", DATE "[Tt]" TIME, BEYOND },
+    { "duration", "P(?:\\d+W|(?:\\d+Y(?:\\d+M(?:\\d+D)?)?|\\d+M(?:\\d+D)?|\\d+D)(?:" IN_A_DAY ")?|"
+      IN_A_DAY ")", BEYOND },
+    { "email", "(?:" ATOM "(?:\\." ATOM ")*|\"(?:[ !#-\\[\\]-~]|\\\\[ -~])*\")@(?:" HOST "|\\[(?:"
+      IPV4 "|IPv6:" IPV6 ")\\])", BEYOND },
+    { "hostname", HOST, 253 },
+    { "ipv4", IPV4, BEYOND },
+    { "ipv6", IPV6, BEYOND },
+    { "uuid", "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", BEYOND },
+    { "uri", "[A-Za-z][A-Za-z0-9+.-]*:(?://(?:(?:" PLAIN_URI "|:)*@)?(?:\\[" IPV6 "\\]|(?:"
+      PLAIN_URI ")*)(?::\\d*)?(?:/" SEGMENT "*)*|/(?:" SEGMENT "+(?:/" SEGMENT "*)*)?|" SEGMENT
+      "+(?:/" SEGMENT "*)*)?(?:\\?(?:" SEGMENT "|[/?])*)?(?:#(?:" SEGMENT "|[/?])*)?", BEYOND },
+};
+
+enum { TEXT_FORMATS = sizeof text_formats / sizeof *text_formats };
+
+// The format that an item names, or TEXT_FORMATS.
+static int format_named(Item *item) {
+    int i = 0;
+    while (item && i < TEXT_FORMATS && !says(item, text_formats[i].name)) i++;
+    return i;
+}
+
+static void check_later(Schema *c, Item *item) {
+    size_t room = (size_t)c->n_due * sizeof *c->due;
+    c->due = grow(c->due, &room, room + sizeof *c->due);
+    c->due[c->n_due++] = item;
+}
+
+// How a keyword's value must be, and what becomes of it.
+typedef enum {
+    REFUSED, REFUSED_IF_TRUE, A_SCHEMA, SCHEMAS, SCHEMA_OR_LIST, NAMED_SCHEMAS, A_COUNT, A_NUMBER,
+    A_BOUND, NAMES, A_REFERENCE, A_PATTERN, A_FORMAT, TYPE_NAMES, SOME_VALUES, A_FACTOR,
+} Rule;
+
+static const struct { const char *name; Rule rule; } keywords[] = {
+    { "not", REFUSED }, { "if", REFUSED }, { "dependencies", REFUSED },
+    { "dependentRequired", REFUSED }, { "dependentSchemas", REFUSED },
+    { "uniqueItems", REFUSED_IF_TRUE }, { "propertyNames", REFUSED }, { "contains", REFUSED },
+    { "unevaluatedItems", REFUSED }, { "unevaluatedProperties", REFUSED },
+    { "$dynamicRef", REFUSED }, { "$recursiveRef", REFUSED },
+    { "additionalProperties", A_SCHEMA }, { "additionalItems", A_SCHEMA },
+    { "items", SCHEMA_OR_LIST }, { "prefixItems", SCHEMAS }, { "allOf", SCHEMAS },
+    { "anyOf", SCHEMAS }, { "oneOf", SCHEMAS }, { "properties", NAMED_SCHEMAS },
+    { "patternProperties", NAMED_SCHEMAS }, { "minItems", A_COUNT }, { "maxItems", A_COUNT },
+    { "minProperties", A_COUNT }, { "maxProperties", A_COUNT }, { "minLength", A_COUNT },
+    { "maxLength", A_COUNT }, { "minimum", A_NUMBER }, { "maximum", A_NUMBER },
+    { "exclusiveMinimum", A_BOUND }, { "exclusiveMaximum", A_BOUND }, { "multipleOf", A_FACTOR },
+    { "required", NAMES }, { "$ref", A_REFERENCE }, { "pattern", A_PATTERN },
+    { "format", A_FORMAT }, { "type", TYPE_NAMES }, { "enum", SOME_VALUES },
+};
+
+static void check_pattern(Schema *c, Item *item, const char *pattern, size_t n, Item *at) {
+    const char *flaw;
+    item->automaton = automaton_of(&c->arena, pattern, n, false, &flaw);
+    if (item->automaton == NULL && flaw != nothing_matches)
+        refuse(c, at, item == at ? "pattern" : "patternProperties", flaw);
+}
+
+static const Automaton *format_automaton(Arena *arena, int format) {
+    const char *flaw, *pattern = text_formats[format].pattern;
+    return automaton_of(arena, pattern, strlen(pattern), true, &flaw);
+}
+
+static void check_format(Schema *c, Item *m) {
+    static const char *const others[] = {
+        "idn-email", "idn-hostname", "uri-reference", "iri", "iri-reference", "uri-template",
+        "json-pointer", "relative-json-pointer", "regex",
+    };
+    int i = format_named(m);
+    if (i < TEXT_FORMATS)
+        m->automaton = format_automaton(&c->arena, i);
+    for (size_t k = 0; k < sizeof others / sizeof *others; k++)
+        if (says(m, others[k])) refuse(c, m, "format", "this format is not supported");
+}
+
+static void check_types(Schema *c, Item *m) {
+    static const char *const names[] = { "null", "boolean", "object", "array", "number", "string",
+                                         "integer" };
+    Item *type = m->kind == IS_LIST ? m->first : m;
+    if (m->kind == IS_LIST && m->n == 0) type = m;
+    for (; type; type = m->kind == IS_LIST ? type->next : NULL) {
+        size_t i = 0;
+        while (i < 7 && !says(type, names[i])) i++;
+        if (i == 7) refuse(c, m, "type", "there is no such type");
+    }
+}
+
+// A map may have one pattern for its names, and then no properties.
+static void check_map(Schema *c, Item *m) {
+    bool patterns = is_text(m->name, m->name_length, "patternProperties");
+    Item *properties = member_of(m->parent, "properties");
+    if (m->kind != IS_OBJECT) refuse(c, m, m->name, "an object was expected");
+    if (patterns && (m->n > 1 || (m->n == 1 && properties && properties->n))) {
+        refuse(c, m, m->name, "more than one pattern, or one beside properties, is not supported");
+        return;
+    }
+    for (Item *s = m->first; s; s = s->next) {
+        if (patterns) check_pattern(c, s, s->name, s->name_length, m);
+        check_later(c, s);
+    }
+}
+
+static void check_reference(Schema *c, Item *m) {
+    Item *target = m->kind == IS_STRING ? follow_reference(c, m) : NULL;
+    if (target) check_later(c, target);
+    else refuse(c, m, "$ref", "it leads to nothing in this document");
+}
+
+static void check_names(Schema *c, Item *m) {
+    bool good = m->kind == IS_LIST;
+    for (Item *name = m->first; name; name = name->next) good &= name->kind == IS_STRING;
+    if (!good) refuse(c, m, m->name, "a list of names was expected");
+}
+
+static void check_factor(Schema *c, Item *m) {
+    Decimal d;
+    if (m->kind != IS_NUMBER || !decimal_of(m, &d) || d.digits <= 0)
+        refuse(c, m, m->name, "a number above 0 was expected");
+    else if (d.exponent < 0) refuse(c, m, m->name, "fractions are not supported");
+    else if (d.exponent > MOST_WHOLE) refuse(c, m, m->name, "it is beyond 10^18");
+}
+
+static void check_value(Schema *c, Item *m, Rule rule) {
+    uint32_t count;
+    Decimal d;
+    bool truth = m->kind == IS_TRUE || m->kind == IS_FALSE;
+    switch (rule) {
+    case REFUSED:
+        if (is_text(m->name, m->name_length, "if") && !member_of(m->parent, "then") &&
+            !member_of(m->parent, "else")) break;
+        if (m->kind != IS_OBJECT || m->n || *m->name == 'n' || *m->name == 'c')
+            refuse(c, m, m->name, "not supported");
+        break;
+    case REFUSED_IF_TRUE:
+        if (m->kind != IS_FALSE) refuse(c, m, m->name, "not supported");
+        break;
+    case A_SCHEMA: check_later(c, m); break;
+    case SCHEMA_OR_LIST:
+        if (m->kind != IS_LIST) check_later(c, m);
+        for (Item *s = m->kind == IS_LIST ? m->first : NULL; s; s = s->next) check_later(c, s);
+        break;
+    case SCHEMAS:
+        if (m->kind != IS_LIST || m->n == 0)
+            refuse(c, m, m->name, "a list of schemas was expected");
+        for (Item *s = m->first; s; s = s->next) check_later(c, s);
+        break;
+    case NAMED_SCHEMAS: check_map(c, m); break;
+    case A_COUNT:
+        if (!count_of(m, &count)) refuse(c, m, m->name, "a count was expected");
+        break;
+    case A_BOUND:
+        if (truth) break;
+        // fall through
+    case A_NUMBER:
+        if (m->kind != IS_NUMBER || !decimal_of(m, &d))
+            refuse(c, m, m->name, "a number of at most 36 digits was expected");
+        break;
+    case A_FACTOR: check_factor(c, m); break;
+    case NAMES: check_names(c, m); break;
+    case A_REFERENCE: check_reference(c, m); break;
+    case A_PATTERN:
+        if (m->kind != IS_STRING) refuse(c, m, m->name, "a string was expected");
+        else check_pattern(c, m, m->text, m->length, m);
+        break;
+    case A_FORMAT: check_format(c, m); break;
+    case TYPE_NAMES: check_types(c, m); break;
+    case SOME_VALUES:
+        if (m->kind != IS_LIST || m->n == 0)
+            refuse(c, m, m->name, "a list of values was expected");
+        if (m->n > MOST_WORDS) refuse(c, m, m->name, "more than 65536 values");
+        break;
+    }
+}
+
+// Is there a way from a schema back to itself on which nothing is written?
+static bool has_cycle(const Schema *c, Item *item, int depth) {
+    static const char *const lists[] = { "allOf", "anyOf", "oneOf" };
+    enum { LONGEST_CHAIN = 2000 };
+    if (item->on_path || depth > LONGEST_CHAIN) return true;
+    if (item->no_cycle || item->kind != IS_OBJECT) return false;
+    item->on_path = true;
+    Item *reference = member_of(item, "$ref");
+    bool found = false;
+    if (reference && reference->kind == IS_STRING) {
+        Item *target = follow_reference(c, reference);
+        found = target && has_cycle(c, target, depth + 1);
+    }
+    for (int i = 0; i < 3 && !found; i++) {
+        Item *list = member_of(item, lists[i]);
+        for (Item *s = list ? list->first : NULL; s && !found; s = s->next)
+            found = has_cycle(c, s, depth + 1);
+    }
+    item->on_path = false, item->no_cycle = true;
+    return found;
+}
+
+// All schemas that the root leads to.
+static void check_schemas(Schema *c) {
+    check_later(c, c->root);
+    while (c->n_due > 0) {
+        Item *item = c->due[--c->n_due];
+        if (item->checked || item->kind == IS_TRUE || item->kind == IS_FALSE) continue;
+        item->checked = true;
+        if (item->kind != IS_OBJECT) refuse(c, item, "schema", "an object was expected");
+        if (item->kind != IS_OBJECT) continue;
+        for (Item *m = item->first; m; m = m->next)
+            for (size_t i = 0; i < sizeof keywords / sizeof *keywords; i++)
+                if (is_text(m->name, m->name_length, keywords[i].name))
+                    check_value(c, m, keywords[i].rule);
+        if (c->refusals.n == 0 && has_cycle(c, item, 0))
+            refuse(c, item, "$ref", "it leads back to itself, and nothing is written on the way");
+    }
+}
+
+static Entries with_entry(Schema *c, Entries e, Item *item, int kind) {
+    Entry *copy = take(&c->arena, ((size_t)e.n + 1) * sizeof *copy);
+    if (e.n) memcpy(copy, e.at, (size_t)e.n * sizeof *copy);
+    copy[e.n] = (Entry){ item, kind };
+    return (Entries){ copy, e.n + 1 };
+}
+
+static bool holds_entry(Entries e, Entry one) {
+    for (int i = 0; i < e.n; i++)
+        if (e.at[i].item == one.item && e.at[i].kind == one.kind) return true;
+    return false;
+}
+
+static int by_entry(const void *a, const void *b) {
+    const Entry *x = a, *y = b;
+    if (x->item != y->item) return x->item->source < y->item->source ? -1 : 1;
+    return (int)x->kind - (int)y->kind;
+}
+
+// The value for which all of these hold: the one that is known already, or a new one, not built.
+static Value *value_of(Schema *c, Entries e) {
+    Entry *sorted = take(&c->arena, (size_t)e.n * sizeof *sorted);
+    int n = 0;
+    for (int i = 0; i < e.n; i++)
+        if (!holds_entry((Entries){ sorted, n }, e.at[i])) sorted[n++] = e.at[i];
+    e = (Entries){ take_copy(&c->arena, sorted, (size_t)n * sizeof *sorted), n };
+    qsort(sorted, (size_t)n, sizeof *sorted, by_entry);
+    for (int i = 0; i < c->n_values; i++) {
+        Entries key = c->values[i]->key;
+        if (key.n != n) continue;
+        if (n == 0 || memcmp(key.at, sorted, (size_t)n * sizeof *sorted) == 0) return c->values[i];
+    }
+    if (c->n_values == MOST_VALUES) {
+        refuse(c, c->root, "schema", "more than 10000 values, after merging");
+        return c->values[0];
+    }
+    Value *v = take(&c->arena, sizeof *v);
+    *v = (Value){ .entries = e, .key = { sorted, n }, .inner = no_way, .whole = no_way };
+    size_t room = (size_t)c->n_values * sizeof *c->values;
+    c->values = grow(c->values, &room, room + sizeof *c->values);
+    return c->values[c->n_values++] = v;
+}
+
+static void add_atom(Schema *c, Value *v, Atom atom) {
+    if (v->n == MOST_ATOMS) {
+        refuse(c, v->entries.n ? v->entries.at[0].item : c->root, "anyOf",
+               "more than 256 alternatives of one value");
+        return;
+    }
+    if (v->n == 0) v->atoms = take(&c->arena, MOST_ATOMS * sizeof *v->atoms);
+    atom.cost = no_way;
+    v->atoms[v->n++] = take_copy(&c->arena, &atom, sizeof atom);
+}
+
+// A string of JSON, with the escapes that we write, quotes around it.
+static void append_quoted(Bytes *out, const char *s, size_t n) {
+    static const char named[] = "\b\f\n\r\t\"\\", letters[] = "bfnrt\"\\";
+    append_string(out, "\"");
+    for (size_t i = 0; i < n; i++) {
+        const char *name = s[i] ? strchr(named, s[i]) : NULL;
+        if (name) append_format(out, "\\%c", letters[name - named]);
+        else if ((uint8_t)s[i] < 0x20) append_format(out, "\\u%04x", (unsigned)(uint8_t)s[i]);
+        else append(out, s + i, 1);
+    }
+    append_string(out, "\"");
+}
+
+// A number as it is written: whole ones without a point.
+static void append_decimal(Bytes *out, Item *item) {
+    Decimal d;
+    char digits[MOST_DIGITS + 1];
+    int n = 0, point = 0;
+    if (!decimal_of(item, &d) || d.exponent > MOST_WHOLE || d.exponent < -MOST_DIGITS) {
+        append(out, item->source, item->size);
+        return;
+    }
+    if (d.digits < 0) append_string(out, "-"), d.digits = -d.digits;
+    for (Wide rest = d.digits; rest || n == 0; rest /= 10) digits[n++] = (char)('0' + rest % 10);
+    point = -d.exponent;
+    for (int i = n > point ? n - 1 : point; i >= 0; i--) {
+        if (i == point - 1) append_string(out, ".");
+        append(out, i < n ? digits + i : "0", 1);
+    }
+    for (int i = 0; i < d.exponent; i++) append_string(out, "0");
+}
+
+// A word of a value, once.
+static void list_word(Schema *c, Value *v, Item *item) {
+    Bytes text = {0};
+    bool quoted = item->kind == IS_STRING;
+    if (quoted) append_quoted(&text, item->text, item->length);
+    else if (item->kind == IS_NUMBER) append_decimal(&text, item);
+    else append(&text, item->source, item->size);
+    Word word = { .text = take_copy(&c->arena, text.data, text.size + 1),
+                  .length = (uint32_t)text.size };
+    append(&v->listed[quoted], &word, sizeof word);
+    free(text.data);
+}
+
+// What the keyword is in each schema that holds: goes through the entries from *at on.
+static Item *next_keyword(Entries flat, const char *keyword, int *at) {
+    while (*at < flat.n) {
+        const Entry *e = &flat.at[(*at)++];
+        Item *found = e->kind == SCHEMA ? member_of(e->item, keyword) : NULL;
+        if (found) return found;
+    }
+    return NULL;
+}
+
+// The largest (or least) of a count in the schemas that hold.
+static uint32_t merged_count(Entries flat, const char *keyword, bool largest, uint32_t without) {
+    uint32_t count, merged = without;
+    Item *m;
+    for (int at = 0; (m = next_keyword(flat, keyword, &at)) != NULL;)
+        if (count_of(m, &count) && (largest ? count > merged : count < merged)) merged = count;
+    return merged;
+}
+
+enum { T_NULL = 1, T_BOOLEAN = 2, T_STRING = 4, T_INTEGER = 8, T_FRACTION = 16, T_ARRAY = 32,
+       T_OBJECT = 64, T_ALL = 127 };
+
+// The types that all schemas allow, as bits.
+static int merged_types(Entries flat) {
+    static const struct { const char *name; int bits; } names[] = {
+        { "null", T_NULL }, { "boolean", T_BOOLEAN }, { "string", T_STRING },
+        { "integer", T_INTEGER }, { "number", T_INTEGER | T_FRACTION }, { "array", T_ARRAY },
+        { "object", T_OBJECT },
+    };
+    int types = T_ALL;
+    Item *m;
+    for (int at = 0; (m = next_keyword(flat, "type", &at)) != NULL;) {
+        int its = 0;
+        for (Item *t = m->kind == IS_LIST ? m->first : m; t;
+             t = m->kind == IS_LIST ? t->next : NULL)
+            for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+                if (says(t, names[i].name)) its |= names[i].bits;
+        types &= its;
+    }
+    return types;
+}
+
+// What the patterns, formats and lengths of all schemas allow. NULL, or why it cannot be; the flaw
+// is nothing_matches if no string is allowed.
+static const char *merged_language(Schema *c, Entries flat, Language *l) {
+    static const char *const keys[] = { "pattern", "format" };
+    const Automaton *both = NULL;
+    const char *flaw = NULL;
+    *l = (Language){ .least = merged_count(flat, "minLength", true, 0), .json = true,
+                     .most = merged_count(flat, "maxLength", false, BEYOND - 1) };
+    Item *m;
+    for (int k = 0; k < 2; k++)
+        for (int at = 0; !flaw && (m = next_keyword(flat, keys[k], &at)) != NULL;) {
+            if (k == 0 && m->automaton == NULL) return nothing_matches;
+            if (m->automaton == NULL) continue;
+            if (both == NULL) both = m->automaton;
+            else if (both != m->automaton)
+                both = automaton_of_both(&c->arena, both, m->automaton, &flaw);
+            if (k == 1 && format_named(m) < TEXT_FORMATS)
+                l->most = lesser(l->most, text_formats[format_named(m)].most);
+        }
+    if (flaw) return flaw;
+    l->automaton = both ? both : c->any;
+    if (l->least > l->most) return nothing_matches;
+    return find_needs(&c->arena, l);
+}
+
+static Item *first_item(Entries flat) { return flat.n ? flat.at[0].item : NULL; }
+
+static void add_strings(Schema *c, Value *v, Entries flat) {
+    Atom atom = { .kind = STRING, .quoted = true };
+    const char *flaw = merged_language(c, flat, &atom.language);
+    if (flaw && flaw != nothing_matches) refuse(c, first_item(flat), "pattern", flaw);
+    if (!flaw && lives(&atom.language, 0, 0)) add_atom(c, v, atom);
+}
+
+static Wide power_of_10(int n) {
+    Wide power = 1;
+    while (n-- > 0) power *= 10;
+    return power;
+}
+
+// A number in units of 10^-scale, rounded up or down. Beyond 10^MOST_WHOLE it is that.
+static Wide in_units(Decimal d, int scale, bool up) {
+    Wide most = power_of_10(MOST_WHOLE + scale);
+    int shift = d.exponent + scale;
+    Wide units = d.digits;
+    for (; shift > 0; shift--) {
+        units *= 10;
+        if (units > most || units < -most) break;
+    }
+    Wide rest = 0;
+    for (; shift < 0 && units; shift++) {
+        rest |= units % 10;
+        units /= 10;
+    }
+    if (rest > 0 && up) units++;
+    if (rest < 0 && !up) units--;
+    return units > most ? most : units < -most ? -most : units;
+}
+
+// Digits before the point, and behind it.
+static int whole_digits(Decimal d) {
+    Wide rest = d.digits < 0 ? -d.digits : d.digits;
+    int n = d.exponent;
+    for (; rest; rest /= 10) n++;
+    return n > 0 ? n : 0;
+}
+
+static int fraction_digits(Decimal d) { return d.exponent < 0 ? -d.exponent : 0; }
+
+// A bound is one of these keywords; drafts up to 4 say with a boolean whether it is exclusive.
+typedef struct { const char *keyword, *exclusive; bool low; } Bound;
+
+static const Bound bounds[] = {
+    { "minimum", "exclusiveMinimum", true }, { "maximum", "exclusiveMaximum", false },
+    { "exclusiveMinimum", NULL, true }, { "exclusiveMaximum", NULL, false },
+};
+
+// Goes through all bounds: each as a number, and whether it is exclusive.
+static Item *next_bound(Entries flat, int bound, int *at, Decimal *d, bool *exclusive) {
+    Item *m;
+    while ((m = next_keyword(flat, bounds[bound].keyword, at)) != NULL) {
+        if (m->kind != IS_NUMBER) continue;
+        Item *by = bounds[bound].exclusive ? member_of(m->parent, bounds[bound].exclusive) : NULL;
+        *exclusive = bounds[bound].exclusive == NULL || (by && by->kind == IS_TRUE);
+        decimal_of(m, d);
+        return m;
+    }
+    return NULL;
+}
+
+static Wide common_divisor(Wide a, Wide b) { return b ? common_divisor(b, a % b) : a; }
+
+// The numbers that all schemas allow. False: there are none.
+static bool merged_range(Schema *c, Entries flat, bool whole, Numbers *r) {
+    int most_fraction = 0, most_whole = 0, n_bounds = 0;
+    Decimal d;
+    bool exclusive;
+    Item *m;
+    *r = (Numbers){ .multiple = 1 };
+    for (int at = 0; (m = next_keyword(flat, "multipleOf", &at)) != NULL; whole = true) {
+        if (!decimal_of(m, &d) || d.exponent < 0) return whole;
+        Wide factor = in_units(d, 0, true), both = common_divisor(r->multiple, factor);
+        r->multiple = r->multiple / both * factor;
+        if (r->multiple > power_of_10(MOST_WHOLE)) r->multiple = power_of_10(MOST_WHOLE);
+    }
+    for (int i = 0; i < 4; i++)
+        for (int at = 0; next_bound(flat, i, &at, &d, &exclusive); n_bounds++) {
+            if (fraction_digits(d) > most_fraction) most_fraction = fraction_digits(d);
+            if (whole_digits(d) > most_whole) most_whole = whole_digits(d);
+        }
+    int behind = most_fraction + 1 < USUAL_DIGITS ? USUAL_DIGITS : most_fraction + 1;
+    r->scale = whole ? 0 : behind < MOST_WHOLE ? behind : MOST_WHOLE;
+    r->most_digits = USUAL_DIGITS;
+    if (most_whole > MOST_WHOLE) most_whole = MOST_WHOLE;
+    int asked = whole ? most_whole : most_whole + most_fraction + 1;
+    if (asked > USUAL_DIGITS) r->most_digits = whole ? MOST_WHOLE : asked;
+    r->high = power_of_10(MOST_WHOLE + r->scale) - 1, r->low = -r->high;
+    for (int i = 0; i < 4; i++)
+        for (int at = 0; (m = next_bound(flat, i, &at, &d, &exclusive)) != NULL;) {
+            Wide units = in_units(d, r->scale, bounds[i].low);
+            bool exact = in_units(d, r->scale, !bounds[i].low) == units;
+            Wide step = exclusive && exact;
+            if (bounds[i].low && units + step > r->low) r->low = units + step;
+            if (!bounds[i].low && units - step < r->high) r->high = units - step;
+            if (r->low > power_of_10(MOST_WHOLE + r->scale) - 1 ||
+                r->high < 1 - power_of_10(MOST_WHOLE + r->scale))
+                refuse(c, m, bounds[i].keyword, "no number below 10^18 is left");
+        }
+    r->exponent = !whole && n_bounds == 0;
+    return r->low <= r->high;
+}
+
+// Is there a multiple of `step` between two numbers that are not negative?
+static bool has_multiple(Wide low, Wide high, Wide step) {
+    return low <= high && high / step * step >= low;
+}
+
+// What is written of a number: its digits as one, how many stand before the point and behind it.
+typedef struct {
+    Wide digits;
+    uint8_t whole, fraction;
+    bool negative, pointed;
+    uint8_t exponent;              // 0: there is none; else 1 + its digits
+    bool signed_exponent;
+} Digits;
+
+// Is one of the numbers in the range that have `more` digits more before the point and `behind` in
+// all behind it, of which those written are the first?
+static bool reaches(const Numbers *r, const Digits *d, int more, int behind) {
+    Wide low = d->digits, high = d->digits, unit = power_of_10(r->scale - behind);
+    if (d->whole == 0) low = more > 1 ? power_of_10(more - 1) : 0, high = power_of_10(more) - 1;
+    else low *= power_of_10(more), high = low + power_of_10(more) - 1;
+    int shift = r->scale - d->fraction;
+    low *= power_of_10(shift), high = high * power_of_10(shift) + power_of_10(shift) - unit;
+    Wide least = d->negative ? -r->high : r->low, most = d->negative ? -r->low : r->high;
+    if (least < d->negative) least = d->negative;          // there is no -0
+    if (low < least) low = least;
+    if (high > most) high = most;
+    return has_multiple(low, high, r->scale ? unit : r->multiple);
+}
+
+// The fewest bytes that make it a number of the range; 0: it is one.
+static uint32_t digits_left(const Numbers *r, const Digits *d) {
+    if (d->exponent) return d->exponent == 1;
+    bool ends = d->pointed ? d->fraction > 0 : d->whole > 0;
+    if (ends && reaches(r, d, 0, d->fraction)) return 0;
+    uint32_t best = BEYOND;
+    int room = r->most_digits - d->whole - d->fraction, most = room;
+    if (d->pointed || (d->whole && d->digits == 0)) most = 0;
+    if (d->whole + most > MOST_WHOLE) most = MOST_WHOLE - d->whole;
+    for (int more = d->whole == 0; more <= most; more++) {
+        int behind = d->pointed ? d->fraction + (d->fraction == 0) : 0;
+        int most_behind = d->fraction + room - more;
+        if (most_behind > r->scale) most_behind = r->scale;
+        if (behind > most_behind || !reaches(r, d, more, most_behind)) continue;
+        while (!reaches(r, d, more, behind)) behind++;     // it ends at most_behind
+        best = lesser(best, (uint32_t)(more + behind - d->fraction + (behind && !d->pointed)));
+    }
+    return best;
+}
+
+static void add_numbers(Schema *c, Value *v, Entries flat, bool whole) {
+    Atom atom = { .kind = NUMBER };
+    if (!merged_range(c, flat, whole, &atom.numbers)) return;
+    Digits none = {0}, minus = { .negative = true };
+    if (lesser(digits_left(&atom.numbers, &none), digits_left(&atom.numbers, &minus)) < BEYOND)
+        add_atom(c, v, atom);
+}
+
+// Does a value that stands in the schema fit all of them? Of one with children only what it is.
+static bool fits_scalar(Schema *c, Entries flat, Item *v) {
+    Decimal d;
+    Language l;
+    static const int type_of[] = { T_NULL, T_BOOLEAN, T_BOOLEAN, T_INTEGER | T_FRACTION, T_STRING,
+                                   T_ARRAY, T_OBJECT };
+    int its = type_of[v->kind];
+    if (v->kind == IS_NUMBER && decimal_of(v, &d)) its = d.exponent < 0 ? T_FRACTION : T_INTEGER;
+    if (!(merged_types(flat) & its)) return false;
+    for (int i = 0; i < flat.n; i++) {
+        if (flat.at[i].kind == CONSTANT && !same_item(flat.at[i].item, v)) return false;
+        if (flat.at[i].kind != SCHEMA) continue;
+        Item *constant = member_of(flat.at[i].item, "const");
+        Item *listed = member_of(flat.at[i].item, "enum"), *found = listed ? listed->first : NULL;
+        while (found && !same_item(found, v)) found = found->next;
+        if ((constant && !same_item(constant, v)) || (listed && !found)) return false;
+    }
+    if (v->kind == IS_STRING)
+        return merged_language(c, flat, &l) == NULL && language_holds(&l, v->text, v->length);
+    bool exclusive;
+    Item *m;
+    for (int i = 0; v->kind == IS_NUMBER && i < 4; i++) {
+        Decimal bound;
+        for (int at = 0; next_bound(flat, i, &at, &bound, &exclusive);) {
+            Wide x = in_units(d, MOST_WHOLE, true), y = in_units(bound, MOST_WHOLE, true);
+            if ((bounds[i].low ? x < y : x > y) || (exclusive && x == y)) return false;
+        }
+    }
+    for (int at = 0; v->kind == IS_NUMBER && (m = next_keyword(flat, "multipleOf", &at)) != NULL;) {
+        Decimal factor;
+        if (!decimal_of(m, &factor) || factor.exponent < 0) continue;
+        if (d.exponent < 0 || in_units(d, 0, true) % in_units(factor, 0, true)) return false;
+    }
+    return true;
+}
+
+// The schemas of an array's items by their place: the list of the first ones, and the one of the
+// rest, each NULL if there is none. Drafts before 2020-12 call them otherwise.
+static void find_items(Item *schema, Item **first, Item **rest) {
+    Item *items = member_of(schema, "items"), *prefix = member_of(schema, "prefixItems");
+    bool old = items && items->kind == IS_LIST;
+    *first = old ? items : prefix;
+    *rest = old ? member_of(schema, "additionalItems") : items;
+}
+
+// The value at a place of an array; place -1: behind all that have a schema of their own.
+static const Value *value_at(Schema *c, Entries flat, int place) {
+    Entries e = {0};
+    for (int i = 0; i < flat.n; i++) {
+        Item *first = NULL, *rest = NULL, *child;
+        if (flat.at[i].kind == SCHEMA) find_items(flat.at[i].item, &first, &rest);
+        if (flat.at[i].kind == CONSTANT) first = flat.at[i].item;
+        child = first ? first->first : NULL;
+        while (child && child->index != place) child = child->next;
+        if (child == NULL) child = rest;
+        if (child) e = with_entry(c, e, child, child == rest ? SCHEMA : (int)flat.at[i].kind);
+    }
+    return value_of(c, e);
+}
+
+static void add_array(Schema *c, Value *v, Entries flat) {
+    Atom atom = { .kind = ARRAY };
+    List *l = &atom.list;
+    l->least = merged_count(flat, "minItems", true, 0);
+    l->most = merged_count(flat, "maxItems", false, BEYOND - 1);
+    for (int i = 0; i < flat.n; i++) {
+        Item *first = NULL, *rest;
+        if (flat.at[i].kind == SCHEMA) find_items(flat.at[i].item, &first, &rest);
+        if (flat.at[i].kind == CONSTANT) {
+            first = flat.at[i].item;
+            uint32_t n = (uint32_t)first->n;
+            if (n < l->least) return;
+            l->least = n, l->most = lesser(l->most, n);
+        }
+        if (first && (uint32_t)first->n > l->n_first) l->n_first = (uint32_t)first->n;
+    }
+    if (l->least > l->most) return;
+    if (l->least > MOST_LISTED) {
+        refuse(c, first_item(flat), "minItems", "more than 65536");
+        return;
+    }
+    l->first = take(&c->arena, (l->n_first + 1) * sizeof *l->first);
+    for (uint32_t i = 0; i < l->n_first; i++) l->first[i] = value_at(c, flat, (int)i);
+    l->rest = value_at(c, flat, -1);
+    for (int quoted = 0; quoted < 2; quoted++) {
+        Cost *left = take(&c->arena, (l->least + 1) * sizeof *left);
+        for (uint32_t i = 0; i <= l->least; i++) left[i] = no_way;
+        l->left[quoted] = left;
+    }
+    add_atom(c, v, atom);
+}
+
+typedef struct { const char *text; size_t n; bool forbidden, required; } Name;
+typedef struct { Name *at; int n; size_t room; } Names;
+
+static Name *find_name(Names *names, const char *text, size_t n) {
+    for (int i = 0; i < names->n; i++)
+        if (names->at[i].n == n && memcmp(names->at[i].text, text, n) == 0) return &names->at[i];
+    names->at = grow(names->at, &names->room, ((size_t)names->n + 1) * sizeof *names->at);
+    names->at[names->n] = (Name){ .text = text, .n = n };
+    return &names->at[names->n++];
+}
+
+// The names that the schemas speak of: those that have a schema in their order, then others that
+// are required, or forbidden.
+static Names find_names(Entries flat) {
+    Names names = {0};
+    for (int i = 0; i < flat.n; i++) {
+        Item *object = flat.at[i].item;
+        bool constant = flat.at[i].kind == CONSTANT;
+        Item *properties = constant ? object : member_of(object, "properties");
+        for (Item *m = properties && flat.at[i].kind != FORBIDS ? properties->first : NULL; m;
+             m = m->next)
+            find_name(&names, m->name, m->name_length)->required |= constant;
+    }
+    for (int i = 0; i < flat.n; i++) {
+        Item *object = flat.at[i].item;
+        Item *required = flat.at[i].kind == CONSTANT ? NULL : member_of(object, "required");
+        for (Item *m = required ? required->first : NULL; m; m = m->next) {
+            Name *name = find_name(&names, m->text, m->length);
+            if (flat.at[i].kind == FORBIDS) name->forbidden = true;
+            else name->required = true;
+        }
+    }
+    return names;
+}
+
+// The only pattern of a map's names, or NULL.
+static Item *map_of(Item *schema) {
+    Item *patterns = member_of(schema, "patternProperties");
+    return patterns && patterns->n == 1 ? patterns->first : NULL;
+}
+
+// May this name be a member of such a map?
+static bool map_holds(const Item *map, const Name *name) {
+    Language l = { .automaton = map->automaton, .most = BEYOND };
+    return map->automaton && language_holds(&l, name->text, name->n);
+}
+
+// The value of a member; NULL: it cannot be there.
+static const Value *value_named(Schema *c, Entries flat, const Name *name) {
+    Entries e = {0};
+    for (int i = 0; i < flat.n; i++) {
+        Item *object = flat.at[i].item, *its = NULL;
+        if (flat.at[i].kind == FORBIDS) continue;
+        if (flat.at[i].kind == CONSTANT) {
+            its = member_named(object, name->text, name->n);
+            if (its == NULL) return NULL;
+            e = with_entry(c, e, its, CONSTANT);
+            continue;
+        }
+        its = member_named(member_of(object, "properties"), name->text, name->n);
+        Item *map = map_of(object);
+        if (!its && map && map_holds(map, name)) its = map;
+        if (!its) its = member_of(object, "additionalProperties");
+        if (its) e = with_entry(c, e, its, SCHEMA);
+    }
+    return name->forbidden ? NULL : value_of(c, e);
+}
+
+// What members with free names are, and which names these are. An object that names its members
+// has no others unless its schema says so: what we write is then sure to fit.
+static const char *find_free(Schema *c, Entries flat, Members *m) {
+    Entries e = {0};
+    const Automaton *both = NULL;
+    const char *flaw = NULL;
+    bool open = true;
+    for (int i = 0; i < flat.n && !flaw; i++) {
+        Item *object = flat.at[i].item;
+        if (flat.at[i].kind == CONSTANT) open = false, m->closed = true;
+        if (flat.at[i].kind != SCHEMA) continue;
+        Item *more = member_of(object, "additionalProperties"), *map = map_of(object);
+        Item *properties = member_of(object, "properties");
+        if (more && more->kind == IS_FALSE) m->closed = true;
+        if (!map && (more ? more->kind == IS_FALSE : properties && properties->n)) open = false;
+        if (map && map->automaton == NULL) open = false;
+        else if (map && both == NULL) both = map->automaton;
+        else if (map && both != map->automaton)
+            both = automaton_of_both(&c->arena, both, map->automaton, &flaw);
+        if (map || more) e = with_entry(c, e, map ? map : more, SCHEMA);
+    }
+    m->names = (Language){ .automaton = both ? both : c->any, .most = BEYOND - 1, .json = true };
+    m->any_name = both == NULL;
+    if (!flaw) flaw = find_needs(&c->arena, &m->names);
+    if (open && !flaw) m->free = value_of(c, e);
+    return flaw == nothing_matches ? NULL : flaw;
+}
+
+// The word of a member's name, with what it costs from where it may follow.
+static Word name_word(Schema *c, const Name *name) {
+    static const char *const ends[] = { "", "\"" };
+    Bytes text = {0};
+    append_string(&text, "\",");
+    append_quoted(&text, name->text, name->n);
+    append_string(&text, ":");
+    Word w = { .length = (uint32_t)text.size - 2, .required = name->required };
+    w.text = (char *)take_copy(&c->arena, text.data, text.size + 1) + 2;
+    for (int quote = 0; quote < 2; quote++) {
+        uint32_t *left = take(&c->arena, (text.size + 2) * sizeof *left), opened;
+        append_string(&text, ends[quote]);
+        count_tokens(c->vocabulary, text.data, text.size, left);
+        w.quoted[quote] = left[0], w.joined[quote] = left[1], w.left[quote] = left + 2;
+        text.data[1] = '{';
+        uint32_t *from = take(&c->arena, (text.size + 2) * sizeof *from);
+        count_tokens(c->vocabulary, text.data + 1, text.size - 1, from);
+        opened = from[0];
+        text.data[1] = ',';
+        w.opened[quote] = opened;
+    }
+    free(text.data);
+    return w;
+}
+
+static int by_word(const void *a, const void *b) {
+    const Word *x = a, *y = b;
+    int order = memcmp(x->text, y->text, lesser(x->length, y->length));
+    return order ? order : x->length < y->length ? -1 : x->length > y->length;
+}
+
+// How many names a language has up to so many bytes, or in all: at most `most`, and then *bytes is
+// the least length that has as many.
+static uint32_t count_names(Arena *arena, const Language *l, uint32_t most, uint32_t *bytes) {
+    enum { LONGEST_NAME = 64 };
+    const Automaton *a = l->automaton;
+    uint32_t total = 0;
+    // ways[length][state]: texts of so many bytes from the first state to this one
+    uint32_t *ways = take(arena, (LONGEST_NAME + 1) * a->states * sizeof *ways);
+    memset(ways, 0, (LONGEST_NAME + 1) * a->states * sizeof *ways);
+    ways[0] = 1;
+    for (*bytes = 0; *bytes <= LONGEST_NAME; ++*bytes) {
+        uint32_t *from = ways + *bytes * a->states;
+        for (uint32_t state = 0; state < a->states; state++)
+            if (a->accepts[state]) total = plus(total, from[state]);
+        if (total >= most) return most;
+        for (uint32_t i = 0; i < a->spans; i++) {      // of a span's first characters at least
+            uint32_t class = a->class_of[i], weight = char_bytes(a->starts[i], true);
+            uint32_t last = i + 1 < a->spans ? a->starts[i + 1] : MOST_CODE + 1, n = 0;
+            for (uint32_t code = a->starts[i]; code < last && code < a->starts[i] + 128; code++)
+                n += char_bytes(code, true) == weight;
+            for (uint32_t state = 0; state < a->states; state++) {
+                uint32_t next = a->next[state * a->classes + class];
+                if (next == NO_STATE || *bytes + weight > LONGEST_NAME) continue;
+                uint32_t *to = &ways[(*bytes + weight) * a->states + next];
+                *to = plus(*to, from[state] < BEYOND / 128 ? from[state] * n : BEYOND);
+            }
+        }
+    }
+    return total;
+}
+
+// Where an object must have members, free names are counted, so that there are always enough.
+static bool count_free_names(Schema *c, Members *m) {
+    uint32_t most = m->least + m->n_taken + 1, found;
+    if (m->least == 0 || m->free == NULL) return true;
+    found = count_names(&c->arena, &m->names, most, &m->name_bytes);
+    if (found < m->least + m->n_taken) m->name_bytes = 0;
+    return found >= m->least + m->n_taken;
+}
+
+static void add_object(Schema *c, Value *v, Entries flat) {
+    Atom atom = { .kind = OBJECT };
+    Members *m = &atom.members;
+    m->least = merged_count(flat, "minProperties", true, 0);
+    m->most = merged_count(flat, "maxProperties", false, BEYOND - 1);
+    const char *flaw = find_free(c, flat, m);
+    if (flaw) refuse(c, first_item(flat), "patternProperties", flaw);
+    Names names = find_names(flat);
+    size_t n = (size_t)names.n;
+    Word *words = take(&c->arena, (n + 1) * sizeof *words);
+    Word *taken = take(&c->arena, (n + 1) * sizeof *taken);
+    bool possible = m->least <= m->most;
+    for (int i = 0; i < names.n; i++) {
+        const Value *value = value_named(c, flat, &names.at[i]);
+        Word w = name_word(c, &names.at[i]);
+        taken[m->n_taken++] = (Word){ .text = w.text + 1, .length = w.length - 3 };
+        w.value = value, w.number = m->n;
+        if (value) words[m->n++] = w;
+        else possible &= !names.at[i].required;
+    }
+    free(names.at);
+    uint32_t *order = take(&c->arena, (m->n + 1) * sizeof *order);
+    uint32_t *required = take(&c->arena, (m->n + 1) * sizeof *required);
+    required[m->n] = 0;
+    for (uint32_t i = m->n; i-- > 0;) required[i] = required[i + 1] + words[i].required;
+    if (m->n) qsort(words, m->n, sizeof *words, by_word);
+    for (uint32_t i = 0; i < m->n; i++) order[words[i].number] = i;
+    m->words = words, m->taken = taken, m->order = order, m->required = required;
+    if (!possible || required[0] > m->most) return;
+    if ((m->n + 1ull) * (m->least + 1ull) > MOST_NEEDS) {
+        refuse(c, first_item(flat), "minProperties", "times the properties is more than 1048576");
+        return;
+    }
+    if (!count_free_names(c, m) && m->least > m->n) m->free = NULL;
+    for (int quoted = 0; quoted < 2; quoted++) {
+        size_t size = (m->n + 1) * (m->least + 1);
+        Cost *left = take(&c->arena, size * sizeof *left);
+        for (size_t i = 0; i < size; i++) left[i] = no_way;
+        m->left[quoted] = left;
+    }
+    add_atom(c, v, atom);
+}
+
+// A value behind a text that takes plain[0] tokens, or plain[1] with the quote that opens a string;
+// and what follows it, with and without a quote that is due.
+static Cost value_cost(const Value *v, uint32_t without, uint32_t with, Cost after,
+                       Cost after_quoted) {
+    return cheaper(and_tokens(both_costs(v->whole, after), without),
+                   and_tokens(both_costs(v->inner, after_quoted), with));
+}
+
+static const Value *item_value(const List *l, uint32_t place) {
+    return place < l->n_first ? l->first[place] : l->rest;
+}
+
+// Behind so many items of an array.
+static Cost list_left(const List *l, uint32_t count, bool quoted) {
+    return l->left[quoted][lesser(count, l->least)];
+}
+
+static Cost update_list(const Vocabulary *v, List *l) {
+    Cost *plain = (Cost *)l->left[0], *quoted = (Cost *)l->left[1];
+    plain[l->least] = (Cost){ tokens_of(v, "]"), 0 };
+    quoted[l->least] = (Cost){ tokens_of(v, "\"]"), 0 };
+    uint32_t comma = tokens_of(v, ","), comma_quote = tokens_of(v, ",\"");
+    uint32_t quote_comma = tokens_of(v, "\","), both = tokens_of(v, "\",\"");
+    for (uint32_t i = l->least; i-- > 1;) {
+        const Value *item = item_value(l, i);
+        plain[i] = value_cost(item, comma, comma_quote, plain[i + 1], quoted[i + 1]);
+        quoted[i] = value_cost(item, quote_comma, both, plain[i + 1], quoted[i + 1]);
+    }
+    if (l->least == 0) return (Cost){ tokens_of(v, "[]"), 0 };
+    return value_cost(item_value(l, 0), tokens_of(v, "["), tokens_of(v, "[\""), plain[1],
+                      quoted[1]);
+}
+
+// Behind a member's value: of the members the next one may be `next`, so many have been written.
+static Cost members_left(const Members *m, uint32_t next, uint32_t count, bool quoted) {
+    uint32_t missing = count < m->least ? m->least - count : 0;
+    return m->left[quoted][next * (m->least + 1) + missing];
+}
+
+// A free member behind `joined` tokens, and what follows.
+static Cost free_cost(const Vocabulary *v, const Members *m, uint32_t joined, Cost after,
+                      Cost after_quoted) {
+    if (m->free == NULL || m->name_bytes == 0) return no_way;
+    uint32_t name = plus(joined, m->name_bytes);
+    return value_cost(m->free, plus(name, tokens_of(v, "\":")), plus(name, tokens_of(v, "\":\"")),
+                      after, after_quoted);
+}
+
+static Cost update_members(const Vocabulary *v, Members *m) {
+    Cost *plain = (Cost *)m->left[0], *quoted = (Cost *)m->left[1], open = no_way;
+    uint32_t width = m->least + 1, end = m->n * width;
+    plain[end] = (Cost){ tokens_of(v, "}"), 0 };
+    quoted[end] = (Cost){ tokens_of(v, "\"}"), 0 };
+    for (uint32_t k = 1; k < width; k++) {     // a quote that is due is a token more at most
+        Cost after = plain[end + k - 1];
+        plain[end + k] = free_cost(v, m, tokens_of(v, ",\""), after, and_tokens(after, 1));
+        quoted[end + k] = and_tokens(plain[end + k], 1);
+    }
+    for (uint32_t i = m->n; i-- > 0;)
+        for (uint32_t k = 0; k < width; k++) {
+            const Word *w = &m->words[m->order[i]];
+            size_t at = i * width + k, next = (i + 1) * width, behind = next + (k ? k - 1 : 0);
+            plain[at] = value_cost(w->value, w->joined[0], w->joined[1], plain[behind],
+                                   quoted[behind]);
+            quoted[at] = value_cost(w->value, w->quoted[0], w->quoted[1], plain[behind],
+                                    quoted[behind]);
+            if (w->required) continue;
+            plain[at] = cheaper(plain[at], plain[next + k]);
+            quoted[at] = cheaper(quoted[at], quoted[next + k]);
+        }
+    if (m->least == 0 && m->required[0] == 0) return (Cost){ tokens_of(v, "{}"), 0 };
+    for (uint32_t i = 0; i < m->n; i++) {
+        const Word *w = &m->words[m->order[i]];
+        size_t behind = (i + 1) * width + (m->least ? m->least - 1 : 0);
+        open = cheaper(open, value_cost(w->value, w->opened[0], w->opened[1], plain[behind],
+                                        quoted[behind]));
+        if (w->required) return open;
+    }
+    Cost after = plain[end + m->least - 1];
+    return cheaper(open, free_cost(v, m, tokens_of(v, "{\""), after, and_tokens(after, 1)));
+}
+
+static Cost cost_of(const Schema *c, Atom *a) {
+    static const Digits none = {0}, minus = { .negative = true };
+    Cost cost = no_way;
+    switch (a->kind) {
+    case WORDS:
+        for (const Word *w = a->words; w < a->words + a->n_words; w++)
+            cost.tokens = lesser(cost.tokens, w->left[0][a->quoted]);
+        return cost;
+    case STRING: return (Cost){ need_of(&a->language, 0, 0)->bytes, 0 };
+    case NUMBER:
+        cost.tokens = plus(digits_left(&a->numbers, &minus), 1);
+        return (Cost){ lesser(cost.tokens, digits_left(&a->numbers, &none)), 0 };
+    case ARRAY: cost = update_list(c->vocabulary, &a->list); break;
+    case OBJECT: cost = update_members(c->vocabulary, &a->members); break;
+    }
+    cost.depth++;
+    return cost;
+}
+
+// Finds the costs of all values, which rest on each other, until none becomes less.
+static void find_costs(Schema *c) {
+    for (bool changed = true; changed;) {
+        changed = false;
+        for (int i = c->n_values; i-- > 0;) {
+            Value *v = c->values[i];
+            for (int k = 0; k < v->n; k++) {
+                Atom *a = v->atoms[k];
+                Cost cost = cost_of(c, a), *least = a->quoted ? &v->inner : &v->whole;
+                changed |= cost.tokens != a->cost.tokens || cost.depth != a->cost.depth;
+                a->cost = cost;
+                *least = cheaper(*least, cost);
+            }
+        }
+    }
+    for (int i = 0; i < c->n_values; i++) {    // what cannot be written is no alternative
+        Value *v = c->values[i];
+        int n = 0;
+        for (int k = 0; k < v->n; k++)
+            if (v->atoms[k]->cost.tokens < BEYOND) v->atoms[n++] = v->atoms[k];
+        v->n = n;
+        if (v->whole.depth + 1 > c->deepest) c->deepest = v->whole.depth + 1;
+    }
+}
+
+// A schema that asks for members and nothing else.
+static Item *only_required(Item *schema) {
+    static const char *const allowed[] = { "required", "title", "description", "$comment" };
+    if (schema->kind != IS_OBJECT) return NULL;
+    for (Item *m = schema->first; m; m = m->next) {
+        size_t i = 0;
+        while (i < 4 && !is_text(m->name, m->name_length, allowed[i])) i++;
+        if (i == 4) return NULL;
+    }
+    return member_of(schema, "required");
+}
+
+static bool all_only_required(Item *list) {
+    for (Item *s = list->first; s; s = s->next)
+        if (!only_required(s)) return false;
+    return true;
+}
+
+// A oneOf's alternatives must exclude each other. Where each only asks for members, that is had by
+// forbidding in each the others' members; else it has to be proven once all is built.
+static void note_one_of(Schema *c, Item *list) {
+    if (list->noted || all_only_required(list)) return;
+    list->noted = true;
+    size_t room = (size_t)c->n_one_ofs * sizeof *c->one_ofs;
+    c->one_ofs = grow(c->one_ofs, &room, room + sizeof *c->one_ofs);
+    c->one_ofs[c->n_one_ofs++] = list;
+}
+
+// What else holds where a schema does: its $ref, all of allOf, one of anyOf and oneOf. The first to
+// be looked at is the last of `due`.
+static Entries with_others(Schema *c, Item *schema, Entries due) {
+    Item *any = member_of(schema, "anyOf"), *one = member_of(schema, "oneOf");
+    Item *all = member_of(schema, "allOf"), *reference = member_of(schema, "$ref");
+    if (any) due = with_entry(c, due, any, ONE_AMONG);
+    if (one) due = with_entry(c, due, one, ONE_AMONG);
+    if (one) note_one_of(c, one);
+    for (int i = all ? all->n : 0; i-- > 0;) {
+        Item *s = all->first;
+        while (s->index != i) s = s->next;
+        due = with_entry(c, due, s, SCHEMA);
+    }
+    Item *target = reference ? follow_reference(c, reference) : NULL;
+    return target ? with_entry(c, due, target, SCHEMA) : due;
+}
+
+// What a value may be where all of these hold and no alternative is open any more.
+static void add_atoms(Schema *c, Value *v, Entries flat) {
+    Item *listed = NULL;
+    for (int i = 0; i < flat.n && !listed; i++) {
+        Item *schema = flat.at[i].kind == SCHEMA ? flat.at[i].item : NULL;
+        if (flat.at[i].kind == CONSTANT) listed = flat.at[i].item;
+        else if (schema && member_of(schema, "const")) listed = member_of(schema, "const");
+        else if (schema && member_of(schema, "enum")) listed = member_of(schema, "enum")->first;
+    }
+    bool several = listed && is_text(listed->parent ? listed->parent->name : "",
+                                     listed->parent ? listed->parent->name_length : 0, "enum");
+    for (Item *one = listed; one; one = several ? one->next : NULL) {
+        if (!fits_scalar(c, flat, one)) continue;
+        Entries its = with_entry(c, flat, one, CONSTANT);
+        if (one->kind == IS_LIST) add_array(c, v, its);
+        else if (one->kind == IS_OBJECT) add_object(c, v, its);
+        else list_word(c, v, one);
+    }
+    if (listed) return;
+    static Item null = { .kind = IS_NULL, .source = "null", .size = 4 };
+    static Item no = { .kind = IS_FALSE, .source = "false", .size = 5 };
+    static Item yes = { .kind = IS_TRUE, .source = "true", .size = 4 };
+    int types = merged_types(flat);
+    if (types & T_NULL) list_word(c, v, &null);
+    if (types & T_BOOLEAN) list_word(c, v, &no), list_word(c, v, &yes);
+    if (types & T_STRING) add_strings(c, v, flat);
+    if (types & T_INTEGER) add_numbers(c, v, flat, !(types & T_FRACTION));
+    if (types & T_ARRAY) add_array(c, v, flat);
+    if (types & T_OBJECT) add_object(c, v, flat);
+}
+
+// Goes through all combinations of alternatives: `due` is still to be looked at, `flat` holds.
+static void expand(Schema *c, Value *v, Entries due, Entries flat) {
+    if (++c->expansions > MOST_EXPANSIONS) {
+        refuse(c, v->entries.at[0].item, "anyOf", "more than 10000 combinations of alternatives");
+        return;
+    }
+    while (due.n > 0) {
+        Entry e = due.at[--due.n];
+        if (holds_entry(flat, e)) continue;
+        if (e.kind == ONE_AMONG) {
+            bool exclude = is_text(e.item->name, e.item->name_length, "oneOf") &&
+                           all_only_required(e.item);
+            for (Item *s = e.item->first; s; s = s->next) {
+                Entries its = with_entry(c, due, s, SCHEMA);
+                for (Item *o = exclude ? e.item->first : NULL; o; o = o->next)
+                    if (o != s) its = with_entry(c, its, o, FORBIDS);
+                expand(c, v, its, flat);
+            }
+            return;
+        }
+        if (e.kind == SCHEMA && e.item->kind == IS_FALSE) return;
+        if (e.kind == SCHEMA && e.item->kind == IS_TRUE) continue;
+        flat = with_entry(c, flat, e.item, e.kind);
+        if (e.kind == SCHEMA) due = with_others(c, e.item, due);
+    }
+    add_atoms(c, v, flat);
+}
+
+// The words of a value become an atom, sorted, each once.
+static void add_words(Schema *c, Value *v, bool quoted) {
+    size_t n = v->listed[quoted].size / sizeof(Word), kept = 0;
+    Word *words = take_copy(&c->arena, v->listed[quoted].data, n * sizeof *words);
+    free(v->listed[quoted].data);
+    v->listed[quoted] = (Bytes){0};
+    if (n == 0) return;
+    qsort(words, n, sizeof *words, by_word);
+    for (size_t i = 0; i < n; i++)
+        if (i == 0 || by_word(&words[i], &words[kept - 1]) != 0) words[kept++] = words[i];
+    for (Word *w = words; w < words + kept; w++) {
+        uint32_t *left = take(&c->arena, (w->length + 1) * sizeof *left);
+        count_tokens(c->vocabulary, w->text, w->length - quoted, left);
+        w->left[0] = left;
+    }
+    add_atom(c, v, (Atom){ .kind = WORDS, .quoted = quoted, .words = words,
+                           .n_words = (uint32_t)kept });
+}
+
+static void build_value(Schema *c, Value *v) {
+    Entries due = {0};
+    for (int i = v->entries.n; i-- > 0;)       // the first is looked at first
+        due = with_entry(c, due, v->entries.at[i].item, v->entries.at[i].kind);
+    c->expansions = 0;
+    expand(c, v, due, (Entries){0});
+    for (int quoted = 0; quoted < 2; quoted++) add_words(c, v, quoted);
+}
+
+static bool word_in(const Atom *a, const Word *w) {
+    for (uint32_t i = 0; i < a->n_words; i++)
+        if (by_word(&a->words[i], w) == 0) return true;
+    return false;
+}
+
+// Is none of a's words one that the other atom may write? Words of strings are compared as they
+// are written, so one with an escape is not proven.
+static bool words_exclude(const Atom *a, const Atom *b) {
+    for (const Word *w = a->words; w < a->words + a->n_words; w++) {
+        bool escaped = memchr(w->text, '\\', w->length) != NULL, may = false;
+        if (b->kind == WORDS) may = word_in(b, w);
+        else if (b->kind == STRING && a->quoted)
+            may = escaped || language_holds(&b->language, w->text + 1, w->length - 2);
+        else if (b->kind == NUMBER) may = *w->text == '-' || isdigit((unsigned char)*w->text);
+        if (may) return false;
+    }
+    return true;
+}
+
+static bool strings_exclude(const Language *x, const Language *y) {
+    Arena scratch = {0};
+    const char *flaw = NULL;
+    if (x->most < y->least || y->most < x->least) return true;
+    automaton_of_both(&scratch, x->automaton, y->automaton, &flaw);
+    arena_free(&scratch);
+    return flaw == nothing_matches;
+}
+
+static bool ranges_exclude(const Numbers *x, const Numbers *y) {
+    Wide to_x = power_of_10(MOST_WHOLE - x->scale), to_y = power_of_10(MOST_WHOLE - y->scale);
+    return x->high * to_x < y->low * to_y || y->high * to_y < x->low * to_x;
+}
+
+static const Word *member_word(const Members *m, const Word *name) {
+    for (const Word *w = m->words; w < m->words + m->n; w++)
+        if (by_word(w, name) == 0) return w;
+    return NULL;
+}
+
+// Does nothing that we write as x fit y, since it lacks a member or has one too many?
+static bool members_exclude(const Members *x, const Members *y) {
+    for (const Word *w = y->words; w < y->words + y->n; w++)
+        if (w->required && !x->free && !member_word(x, w)) return true;
+    for (const Word *w = x->words; w < x->words + x->n; w++)
+        if (w->required && y->closed && !y->free && !member_word(y, w)) return true;
+    return false;
+}
+
+// Is it certain, by themselves, that two atoms have no text in common?
+static bool atoms_exclude(const Atom *a, const Atom *b) {
+    if (a->kind == WORDS) return words_exclude(a, b);
+    if (b->kind == WORDS) return words_exclude(b, a);
+    if (a->kind != b->kind) return true;
+    switch (a->kind) {
+    case STRING: return strings_exclude(&a->language, &b->language);
+    case NUMBER: return ranges_exclude(&a->numbers, &b->numbers);
+    case ARRAY: return a->list.least > b->list.most || b->list.least > a->list.most;
+    case OBJECT:
+        return members_exclude(&a->members, &b->members) &&
+               members_exclude(&b->members, &a->members);
+    default: return false;
+    }
+}
+
+// Is it certain that what we write as one of two values does not fit the other's schema? Objects
+// may differ in a member that one of them must have, arrays in an item that both have.
+static bool values_exclude(const Value *x, const Value *y, int depth) {
+    enum { DEEPEST = 3 };
+    for (int i = 0; i < x->n * y->n; i++) {
+        const Atom *a = x->atoms[i / y->n], *b = y->atoms[i % y->n];
+        bool apart = atoms_exclude(a, b), both = a->kind == b->kind && depth < DEEPEST;
+        const Members *m = &a->members;
+        for (uint32_t k = 0; !apart && both && a->kind == OBJECT && k < m->n; k++) {
+            const Word *other = member_word(&b->members, &m->words[k]);
+            if (other && (other->required || m->words[k].required))
+                apart = values_exclude(m->words[k].value, other->value, depth + 1);
+        }
+        uint32_t items = lesser(a->list.least, b->list.least);
+        for (uint32_t k = 0; !apart && both && a->kind == ARRAY && k < items; k++)
+            apart = values_exclude(item_value(&a->list, k), item_value(&b->list, k), depth + 1);
+        if (!apart) return false;
+    }
+    return true;
+}
+
+// The value of one schema alone.
+static Value *value_of_schema(Schema *c, Item *schema) {
+    return value_of(c, with_entry(c, (Entries){0}, schema, SCHEMA));
+}
+
+// Builds all values, and of the oneOfs that were met proves that their alternatives exclude each
+// other.
+static void build_values(Schema *c) {
+    int built = 0, proven = 0;
+    while (built < c->n_values || proven < c->n_one_ofs) {
+        if (built < c->n_values) build_value(c, c->values[built++]);
+        else for (Item *s = c->one_ofs[proven++]->first; s; s = s->next) value_of_schema(c, s);
+        if (c->refusals.n) return;
+    }
+    for (int i = 0; i < c->n_one_ofs; i++) {
+        bool apart = true;
+        for (Item *s = c->one_ofs[i]->first; s; s = s->next)
+            for (Item *o = c->one_ofs[i]->first; o != s; o = o->next)
+                apart &= values_exclude(value_of_schema(c, s), value_of_schema(c, o), 0);
+        if (!apart)
+            refuse(c, c->one_ofs[i], "oneOf", "its alternatives are not certain to exclude each "
+                                              "other; anyOf does where that is no matter");
+    }
+}
+
+static Schema *schema_new(const Vocabulary *v, const Texts *ignored) {
+    Schema *c = allocate(1, sizeof *c);
+    static long made;
+    const char *flaw;
+    c->vocabulary = v, c->ignored = ignored, c->number = ++made;
+    c->any = automaton_of(&c->arena, "[^]*", 4, true, &flaw);
+    return c;
+}
+
+static void schema_free(Schema *c) {
+    if (c == NULL) return;
+    for (int i = 0; i < c->n_values; i++)
+        for (int quoted = 0; quoted < 2; quoted++) free(c->values[i]->listed[quoted].data);
+    free_texts(&c->refusals);
+    free_texts(&c->unchecked);
+    free(c->values);
+    free(c->due);
+    free(c->one_ofs);
+    arena_free(&c->arena);
+    free(c);
+}
+
+// The fewest tokens that write a text; nothing fits if there are none.
+static void find_least(Schema *c) {
+    Cost quoted = and_tokens(c->value->inner, 2), least = cheaper(quoted, c->value->whole);
+    c->least_tokens = least.depth <= MAX_DEPTH ? least.tokens : BEYOND;
+    if (c->least_tokens == BEYOND) refuse(c, c->root, "schema", "nothing fits it");
+}
+
+// A schema, ready to be used if it has no refusals.
+static Schema *schema_of_text(const Vocabulary *v, const Texts *ignored, const char *text,
+                              size_t n) {
+    Schema *c = schema_new(v, ignored);
+    const char *copy = take_copy(&c->arena, text, n);
+    Json j = { copy, copy, copy + n, NULL };
+    bool sound = json_value(&j, 0);
+    json_skip_space(&j);
+    if (sound && j.at < j.end) json_fail(&j, "the end was expected");
+    if (j.flaw) {
+        Bytes line = {0};
+        append_format(&line, "it is no JSON: at byte %td %s", j.at - j.start, j.flaw);
+        add_text(&c->refusals, line);
+        return c;
+    }
+    j.at = j.start;
+    c->root = read_item(&c->arena, &j, NULL);
+    check_schemas(c);
+    if (c->refusals.n) return c;
+    c->value = value_of_schema(c, c->root);
+    build_values(c);
+    if (c->refusals.n) return c;
+    find_costs(c);
+    find_least(c);
+    return c;
+}
+
+// A text that matches a pattern from end to end, as it is.
+static Schema *schema_of_pattern(const Vocabulary *v, const char *pattern) {
+    Schema *c = schema_new(v, NULL);
+    Atom atom = { .kind = STRING, .language = { .most = BEYOND - 1 } };
+    const char *flaw;
+    atom.language.automaton = automaton_of(&c->arena, pattern, strlen(pattern), true, &flaw);
+    if (!flaw) flaw = find_needs(&c->arena, &atom.language);
+    if (flaw) {
+        Bytes line = {0};
+        append_string(&line, flaw);
+        add_text(&c->refusals, line);
+        return c;
+    }
+    Value *value = value_of(c, (Entries){0});
+    add_atom(c, value, atom);
+    c->value = value;
+    find_costs(c);
+    find_least(c);
+    c->empty = c->least_tokens == 0;
+    for (uint32_t i = 0; i < atom.language.automaton->classes; i++)
+        c->empty &= atom.language.automaton->next[i] == NO_STATE;
+    return c;
+}
+
+// ---- 15. Constraint ----
+// What may follow, byte by byte, so that a text can still become one that fits its schema; and from
+// that, which tokens. The state is a stack of frames, one for each value that is open. A frame
+// holds the positions that are possible, each in one atom; a position serves those of the frame
+// below for whose value it stands, so alternatives never multiply stacks. Each position carries
+// what is needed behind its value, and so the fewest tokens to the end are known: there is always a
+// token that leaves one less. With R tokens left one is allowed only if R - 1 or fewer are needed
+// behind it. So a limit always meets a text that fits.
+
+// Where a text stands in its language: in a state, behind so many characters, and perhaps in the
+// middle of one.
+typedef struct {
+    uint32_t state, count, code;   // code: of a character that is not whole, its bits or digits
+    uint8_t part, left, length;    // bytes of UTF-8 still to come; in all
+} Reader;
+
+enum { BETWEEN, IN_UTF8, IN_ESCAPE, IN_HEX };  // parts; of IN_HEX `left` digits are still to come
+
+// The characters that a part of one may become: spans, and the bytes that each still takes.
+static int completions(const Reader *r, Interval spans[8], uint32_t bytes[8]) {
+    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+    static const Interval escapes[] = { { 0, 7 }, { 0xB, 0xB }, { 0xE, 0x1F }, { 8, 0xA },
+                                    { 0xC, 0xD }, { '"', '"' }, { '\\', '\\' } };
+    int n = 0;
+    if (r->part == IN_UTF8) {
+        uint32_t first = r->code << 6 * r->left, last = first + (1u << 6 * r->left) - 1;
+        if (first < least[r->length]) first = least[r->length];
+        if (last > MOST_CODE) last = MOST_CODE;
+        if (last >= FIRST_SURROGATE && first <= LAST_SURROGATE) last = FIRST_SURROGATE - 1;
+        spans[n] = (Interval){ first, last }, bytes[n++] = r->left;
+    }
+    for (int i = 0; r->part == IN_ESCAPE && i < 7; i++)
+        spans[n] = escapes[i], bytes[n++] = i < 3 ? 5 : 1;
+    for (int i = 0; r->part == IN_HEX && i < 3; i++) {     // no others are written as \u00xx
+        Interval span = escapes[i];
+        uint32_t first = r->code << 4, last = first + 15;
+        if (r->left == 1 && span.first < first) span.first = first;
+        if (r->left == 1 && span.last > last) span.last = last;
+        spans[n] = span, bytes[n++] = r->left;
+    }
+    return n;
+}
+
+// The fewest bytes from here to an end of the text; BEYOND: there is no way.
+static uint32_t reader_left(const Language *l, const Reader *r) {
+    const Automaton *a = l->automaton;
+    if (r->part == BETWEEN)
+        return lives(l, r->state, r->count) ? need_of(l, r->state, r->count)->bytes : BEYOND;
+    Interval spans[8];
+    uint32_t bytes[8], best = BEYOND;
+    int n = completions(r, spans, bytes);
+    for (int i = 0; i < n; i++) {
+        if (spans[i].first > spans[i].last) continue;
+        for (uint32_t k = span_of(a, spans[i].first);
+             k < a->spans && a->starts[k] <= spans[i].last; k++) {
+            uint32_t next = a->next[r->state * a->classes + a->class_of[k]];
+            if (lives(l, next, r->count + 1))
+                best = lesser(best, plus(bytes[i], need_of(l, next, r->count + 1)->bytes));
+        }
+    }
+    return best;
+}
+
+static bool read_char(const Language *l, Reader *r, uint32_t code) {
+    r->state = state_behind(l->automaton, r->state, code);
+    r->count++;
+    r->part = BETWEEN;
+    return lives(l, r->state, r->count);
+}
+
+// The first byte of a character that has several.
+static bool read_lead(const Language *l, Reader *r, uint8_t byte) {
+    if (byte < 0xC2 || byte > 0xF4) return false;
+    r->length = byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;
+    r->left = r->length - 1;
+    r->code = byte & (0x7Fu >> r->length);
+    r->part = IN_UTF8;
+    return reader_left(l, r) < BEYOND;
+}
+
+// What stands behind a backslash.
+static bool read_escape(const Language *l, Reader *r, uint8_t byte) {
+    static const char letters[] = "bfnrt\"\\", meanings[] = "\b\f\n\r\t\"\\";
+    const char *letter = byte ? strchr(letters, byte) : NULL;
+    if (letter) return read_char(l, r, (uint8_t)meanings[letter - letters]);
+    r->part = IN_HEX, r->left = 4, r->code = 0;
+    return byte == 'u' && reader_left(l, r) < BEYOND;
+}
+
+static bool read_hex(const Language *l, Reader *r, uint8_t byte) {
+    bool digit = byte >= '0' && byte <= '9', letter = byte >= 'a' && byte <= 'f';
+    if (!(digit || letter)) return false;
+    r->code = r->code << 4 | (digit ? (uint32_t)byte - '0' : (uint32_t)byte - 'a' + 10);
+    bool control = r->code < 0x20 && (r->left > 1 || !strchr("\b\t\n\f\r", (int)r->code) ||
+                                      r->code == 0);
+    if (--r->left == 0) return control && read_char(l, r, r->code);
+    return r->code <= 1 && (r->left == 1 || r->code == 0) && reader_left(l, r) < BEYOND;
+}
+
+// One byte more of the text, which is no quotation mark that ends it. False: no text of the
+// language goes on so.
+static inline bool read_byte(const Language *l, Reader *r, uint8_t byte) {
+    if (r->part == BETWEEN) {
+        if (l->json && (byte < 0x20 || byte == '"')) return false;
+        if (l->json && byte == '\\') {
+            r->part = IN_ESCAPE;
+            return reader_left(l, r) < BEYOND;
+        }
+        return byte < 0x80 ? read_char(l, r, byte) : read_lead(l, r, byte);
+    }
+    if (r->part == IN_ESCAPE) return read_escape(l, r, byte);
+    if (r->part == IN_HEX) return read_hex(l, r, byte);
+    if ((byte & 0xC0) != 0x80) return false;
+    r->code = r->code << 6 | (byte & 0x3F);
+    if (--r->left == 0) return read_char(l, r, r->code);
+    return reader_left(l, r) < BEYOND;
+}
+
+static bool read_whole(const Language *l, const Reader *r) {
+    return r->part == BETWEEN && l->automaton->accepts[r->state] && r->count >= l->least &&
+           r->count <= l->most;
+}
+
+// A byte more of a number. False: none of the range is written so.
+static bool read_digit(const Numbers *r, Digits *d, uint8_t byte) {
+    bool digit = byte >= '0' && byte <= '9';
+    if (d->exponent) {
+        if (!digit && !(d->exponent == 1 && !d->signed_exponent && (byte == '-' || byte == '+')))
+            return false;
+        if (digit) return ++d->exponent <= 3;
+        d->signed_exponent = true;
+        return true;
+    }
+    bool ends = d->pointed ? d->fraction > 0 : d->whole > 0;
+    if (r->exponent && ends && (byte == 'e' || byte == 'E') && digits_left(r, d) == 0) {
+        d->exponent = 1;
+        return true;
+    }
+    if (byte == '-' && !d->negative && d->whole == 0) d->negative = true;
+    else if (byte == '.' && !d->pointed && d->whole > 0) d->pointed = true;
+    else if (!digit || (!d->pointed && d->whole && d->digits == 0) ||
+             d->whole + d->fraction >= r->most_digits || d->fraction >= r->scale + !d->pointed ||
+             (!d->pointed && d->whole >= MOST_WHOLE)) return false;
+    else {
+        d->digits = d->digits * 10 + (byte - '0');
+        if (d->pointed) d->fraction++;
+        else d->whole++;
+    }
+    return digits_left(r, d) < BEYOND;
+}
+
+// The letters of a free name, the last one first, as they are written; and the names of an object
+// that have been used.
+typedef struct Letter Letter;
+struct Letter { const Letter *before; uint32_t length; char byte; };
+typedef struct Used Used;
+struct Used { const Used *before; const Letter *name; };
+
+typedef enum {
+    OPENING,                       // nothing is written of it
+    IN_WORD, IN_STRING, IN_NUMBER,
+    IN_NAME,                       // at 0: behind the { or the comma
+    IN_FREE_NAME, BEFORE_COLON,    // behind a free name
+    BEFORE_VALUE,
+    BEFORE_ITEM,                   // behind the [: or it ends
+    IN_VALUE,                      // the frame above stands for it
+    BEHIND_VALUE,
+} Phase;
+
+// Where a text may stand in one atom.
+typedef struct {
+    const Atom *atom;
+    uint64_t serves;               // the positions of the frame below whose value this is
+    uint32_t rest[2];              // tokens needed behind its value; and where its closing quote
+                                   // is one's beginning
+    uint32_t at, low, high;        // IN_WORD, IN_NAME: bytes read, the words that are possible
+    uint32_t count, next;          // items or members written; the first member that may follow
+    Phase phase;
+    bool free;                     // the value is that of a free name
+    Reader reader;                 // of a string or a free name
+    Digits digits;
+    const Letter *name;
+    const Used *used;
+} Position;
+
+typedef struct Frame Frame;
+struct Frame {
+    const Frame *below;            // NULL: it is the text itself
+    uint32_t depth;                // frames below it
+    int n;                         // 0: the text is at its end
+    Position at[];
+};
+
+enum { MOST_LIVE = 64 };           // positions of a frame: the bits of `serves`
+
+static bool same_letters(const Letter *x, const Letter *y) {
+    uint32_t n = x ? x->length : 0;
+    if (n != (y ? y->length : 0)) return false;
+    for (; x && x->byte == y->byte; x = x->before, y = y->before) {}
+    return x == NULL;
+}
+
+// Do these letters begin a word, or, `whole`, are they it?
+static bool letters_begin(const Letter *x, const Word *w, bool whole) {
+    uint32_t n = x ? x->length : 0;
+    if (whole ? n != w->length : n > w->length) return false;
+    for (; x && x->byte == w->text[x->length - 1]; x = x->before) {}
+    return x == NULL;
+}
+
+// How many names that are not free, or used, begin with the letters so far, or are they.
+static uint32_t names_taken(const Position *p, bool whole) {
+    const Members *m = &p->atom->members;
+    uint32_t n = p->name ? p->name->length : 0, taken = 0;
+    for (const Word *w = m->taken; w < m->taken + m->n_taken; w++)
+        taken += letters_begin(p->name, w, whole);
+    for (const Used *u = p->used; u; u = u->before) {
+        const Letter *other = u->name;
+        while (!whole && other && other->length > n) other = other->before;
+        taken += same_letters(other, p->name);
+    }
+    return taken;
+}
+
+// May this member be the next one?
+static bool may_come(const Position *p, const Word *w) {
+    const Members *m = &p->atom->members;
+    return w->number >= p->next && m->required[w->number] == m->required[p->next] &&
+           w->value->n > 0 && p->count + 1 + m->required[w->number + 1] <= m->most &&
+           members_left(m, w->number + 1, p->count + 1, false).tokens < BEYOND;
+}
+
+static bool may_be_free(const Position *p) {
+    const Members *m = &p->atom->members;
+    return m->free && m->free->n > 0 && p->count + 1 + m->required[p->next] <= m->most &&
+           members_left(m, p->next, p->count + 1, false).tokens < BEYOND;
+}
+
+static bool may_close(const Position *p) {
+    const Members *m = &p->atom->members;
+    if (p->atom->kind == ARRAY) return p->count >= p->atom->list.least;
+    return p->count >= m->least && m->required[p->next] == 0;
+}
+
+// One byte more of a free name, whatever names are taken.
+static bool read_letter(Arena *arena, Position *p, uint8_t byte) {
+    if (!read_byte(&p->atom->members.names, &p->reader, byte)) return false;
+    Letter *letter = take(arena, sizeof *letter);
+    *letter = (Letter){ p->name, p->name ? p->name->length + 1 : 1, (char)byte };
+    p->name = letter;
+    return true;
+}
+
+// The fewest bytes that make a free name of the letters so far. Where names that are taken begin
+// with them, all that may follow is tried.
+static uint32_t name_left(Arena *arena, const Position *p, uint32_t most) {
+    const Language *names = &p->atom->members.names;
+    uint32_t best = BEYOND, least = reader_left(names, &p->reader);
+    if (least > most || names_taken(p, false) == 0) return least;
+    if (read_whole(names, &p->reader) && names_taken(p, true) == 0) return 0;
+    for (int pass = 0; pass < 2; pass++)       // first those that no taken name begins with
+        for (int byte = 0; byte < 256 && best > 1; byte++) {
+            Mark mark = arena_mark(arena);
+            Position next = *p;
+            if (read_letter(arena, &next, (uint8_t)byte) &&
+                (names_taken(&next, false) > 0) == (pass == 1))
+                best = lesser(best, plus(1, name_left(arena, &next, lesser(best, most) - 1)));
+            arena_reset(arena, mark);
+        }
+    return best;
+}
+
+// One byte more, after which a name that is not taken must still be possible. Where any text is a
+// name there always is one.
+static bool read_name(Arena *arena, Position *p, uint8_t byte) {
+    if (!read_letter(arena, p, byte)) return false;
+    return p->atom->members.any_name || name_left(arena, p, BEYOND) < BEYOND;
+}
+
+// The value that is due at a position, and what is needed behind it.
+static const Value *due_value(const Position *p, Cost *after, Cost *after_quoted) {
+    const Atom *a = p->atom;
+    if (a->kind == ARRAY) {
+        *after = list_left(&a->list, p->count + 1, false);
+        *after_quoted = list_left(&a->list, p->count + 1, true);
+        return item_value(&a->list, p->count);
+    }
+    const Members *m = &a->members;
+    uint32_t next = p->free ? p->next : m->words[p->low].number + 1;
+    *after = members_left(m, next, p->count + 1, false);
+    *after_quoted = members_left(m, next, p->count + 1, true);
+    return p->free ? m->free : m->words[p->low].value;
+}
+
+// The cost of what a position's value still needs, and its own end.
+static Cost due_cost(const Position *p, uint32_t without, uint32_t with) {
+    Cost after, after_quoted;
+    const Value *v = due_value(p, &after, &after_quoted);
+    return value_cost(v, without, with, after, after_quoted);
+}
+
+// Of an object behind { or a comma, or in the middle of a name.
+static Cost name_cost(Arena *arena, const Vocabulary *v, const Position *p) {
+    const Members *m = &p->atom->members;
+    Cost best = no_way;
+    if (p->phase == IN_NAME && p->at == 0 && p->count == 0 && may_close(p)) best.tokens = 1;
+    for (uint32_t i = p->low; p->phase == IN_NAME && i < p->high; i++) {
+        const Word *w = &m->words[i];
+        Position at = *p;
+        at.low = i;
+        if (may_come(p, w))
+            best = cheaper(best, due_cost(&at, w->left[0][p->at], w->left[1][p->at]));
+    }
+    bool first = p->phase == IN_NAME && p->at == 0;
+    if (!(first && may_be_free(p)) && p->phase != IN_FREE_NAME) return best;
+    Position free = *p;
+    free.free = true;
+    if (first) free.reader = (Reader){0}, free.name = NULL;
+    uint32_t name = plus(name_left(arena, &free, BEYOND), first);
+    return cheaper(best, due_cost(&free, plus(name, tokens_of(v, "\":")),
+                                  plus(name, tokens_of(v, "\":\""))));
+}
+
+// The fewest tokens from a position to the end of the whole text.
+static uint32_t position_left(Arena *arena, const Vocabulary *v, const Position *p,
+                              uint32_t depth) {
+    const Atom *a = p->atom;
+    Cost cost = no_way;
+    uint32_t own = 1, quoted = a->quoted;
+    switch (p->phase) {
+    case OPENING: cost = and_tokens(a->cost, quoted), own = 0; break;
+    case IN_WORD:
+        for (const Word *w = a->words + p->low; w < a->words + p->high; w++)
+            cost.tokens = lesser(cost.tokens, w->left[0][p->at]);
+        break;
+    case IN_STRING: cost.tokens = reader_left(&a->language, &p->reader); break;
+    case IN_NUMBER: cost.tokens = digits_left(&a->numbers, &p->digits); break;
+    case IN_NAME: case IN_FREE_NAME: cost = name_cost(arena, v, p); break;
+    case BEFORE_COLON: cost = due_cost(p, 1, tokens_of(v, ":\"")); break;
+    case BEFORE_ITEM:
+        if (p->atom->list.least == 0) cost.tokens = 1;
+        if (p->atom->list.most > 0) cost = cheaper(cost, due_cost(p, 0, 1));
+        break;
+    case BEFORE_VALUE: cost = due_cost(p, 0, 1); break;
+    case IN_VALUE: break;
+    case BEHIND_VALUE:
+        if (a->kind == ARRAY) cost = list_left(&a->list, p->count, false);
+        else cost = members_left(&a->members, p->next, p->count, false);
+    }
+    if (depth + own + cost.depth > MAX_DEPTH && (a->kind == ARRAY || a->kind == OBJECT))
+        return BEYOND;
+    return plus(cost.tokens, p->rest[quoted]);
+}
+
+static uint32_t frame_left(Arena *arena, const Vocabulary *v, const Frame *f) {
+    uint32_t best = f->n ? BEYOND : 0;
+    for (int i = 0; i < f->n; i++)
+        best = lesser(best, position_left(arena, v, &f->at[i], f->depth));
+    return best;
+}
+
+// Everything that a walk over bytes needs.
+typedef struct {
+    const Schema *schema;
+    const Vocabulary *vocabulary;
+    Arena *arena;                  // frames are taken from it
+} Walk;
+
+// The byte of a word at a place; -1 behind its end.
+static int byte_at(const Word *w, uint32_t at) {
+    return at < w->length ? (uint8_t)w->text[at] : -1;
+}
+
+// The first of the sorted words low to high whose byte at a place is not below this one.
+static uint32_t first_word(const Word *words, uint32_t low, uint32_t high, uint32_t at, int byte) {
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (byte_at(&words[middle], at) < byte) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+// Of the words that are possible those that go on with this byte. False: none.
+static bool narrow(const Word *words, Position *p, uint8_t byte) {
+    p->low = first_word(words, p->low, p->high, p->at, byte);
+    p->high = first_word(words, p->low, p->high, p->at, byte + 1);
+    p->at++;
+    return p->low < p->high;
+}
+
+// Is a value at its end that has no mark of its end: a number, a word without quotes, a text that
+// matches a pattern?
+static bool is_whole(const Position *p) {
+    const Atom *a = p->atom;
+    if (p->phase == IN_NUMBER) return digits_left(&a->numbers, &p->digits) == 0;
+    if (p->phase == IN_WORD) return !a->quoted && a->words[p->low].length == p->at;
+    if (a->kind != STRING || a->quoted) return false;
+    return read_whole(&a->language, &p->reader);
+}
+
+// What a byte makes of a position: 0 to 2 others, or ENDS_VALUE.
+enum { ENDS_VALUE = -1 };
+
+static int step_opening(const Position *p, uint8_t byte, Position *out) {
+    const Atom *a = p->atom;
+    *out = *p;
+    switch (a->kind) {
+    case WORDS:
+        out->phase = IN_WORD, out->high = a->n_words;
+        return narrow(a->words, out, byte);
+    case STRING:
+        out->phase = IN_STRING;
+        return a->quoted ? byte == '"' : read_byte(&a->language, &out->reader, byte);
+    case NUMBER:
+        out->phase = IN_NUMBER;
+        return read_digit(&a->numbers, &out->digits, byte);
+    case ARRAY:
+        out->phase = BEFORE_ITEM;
+        return byte == '[';
+    default:
+        out->phase = IN_NAME, out->high = a->members.n;
+        return byte == '{';
+    }
+}
+
+static int step_name(const Walk *w, const Position *p, uint8_t byte, Position *out) {
+    const Members *m = &p->atom->members;
+    bool first = p->at == 0, any = false;
+    int n = 0;
+    if (first && byte == '}') return p->count == 0 && may_close(p) ? ENDS_VALUE : 0;
+    *out = *p;
+    if (narrow(m->words, out, byte)) {
+        for (uint32_t i = out->low; i < out->high && !any; i++) any = may_come(out, &m->words[i]);
+        if (any && m->words[out->low].length == out->at) out->phase = BEFORE_VALUE;
+        n += any;
+    }
+    if (!first || byte != '"' || !may_be_free(p)) return n;
+    Position *free = &out[n];
+    *free = *p;
+    free->phase = IN_FREE_NAME, free->reader = (Reader){0}, free->name = NULL;
+    return n + (m->any_name || name_left(w->arena, free, BEYOND) < BEYOND);
+}
+
+static int step_free_name(const Walk *w, const Position *p, uint8_t byte, Position *out) {
+    const Language *names = &p->atom->members.names;
+    *out = *p;
+    if (byte != '"' || p->reader.part != BETWEEN) return read_name(w->arena, out, byte);
+    Used *used = take(w->arena, sizeof *used);
+    *used = (Used){ p->used, p->name };
+    out->phase = BEFORE_COLON, out->used = used, out->free = true;
+    return read_whole(names, &p->reader) && names_taken(p, true) == 0;
+}
+
+// Behind a value: a comma, if there may be more, or the end.
+static int step_behind(const Walk *w, const Position *p, uint8_t byte, Position *out) {
+    const Atom *a = p->atom;
+    bool array = a->kind == ARRAY;
+    *out = *p;
+    if (byte == (array ? ']' : '}')) return may_close(p) ? ENDS_VALUE : 0;
+    if (byte != ',') return 0;
+    if (array) {
+        out->phase = BEFORE_VALUE;
+        return p->count < a->list.most && item_value(&a->list, p->count)->n > 0;
+    }
+    out->phase = IN_NAME, out->at = 0, out->low = 0, out->high = a->members.n;
+    out->free = false;
+    return name_cost(w->arena, w->vocabulary, out).tokens < BEYOND;
+}
+
+static int step_position(const Walk *w, const Position *p, uint8_t byte, Position *out) {
+    const Atom *a = p->atom;
+    *out = *p;
+    switch (p->phase) {
+    case OPENING: return step_opening(p, byte, out);
+    case IN_WORD:
+        if (!narrow(a->words, out, byte)) return 0;
+        return a->quoted && byte == '"' && a->words[out->low].length == out->at ? ENDS_VALUE : 1;
+    case IN_STRING:
+        if (byte == '"' && a->quoted && p->reader.part == BETWEEN)
+            return read_whole(&a->language, &p->reader) ? ENDS_VALUE : 0;
+        return read_byte(&a->language, &out->reader, byte);
+    case IN_NUMBER: return read_digit(&a->numbers, &out->digits, byte);
+    case IN_NAME: return step_name(w, p, byte, out);
+    case IN_FREE_NAME: return step_free_name(w, p, byte, out);
+    case BEFORE_COLON:
+        out->phase = BEFORE_VALUE;
+        return byte == ':';
+    case BEFORE_ITEM: return byte == ']' && a->list.least == 0 ? ENDS_VALUE : 0;
+    case BEHIND_VALUE: return step_behind(w, p, byte, out);
+    default: return 0;
+    }
+}
+
+static Frame *new_frame(const Walk *w, const Frame *below, int room) {
+    Frame *f = take(w->arena, sizeof *f + (size_t)room * sizeof *f->at);
+    *f = (Frame){ .below = below, .depth = below ? below->depth + 1 : 0 };
+    return f;
+}
+
+// Adds a position to a frame. Of too many those are kept that need the fewest tokens: the promise
+// holds, though not all that fits can be written. Where the levels that are left matter, a position
+// that needs more of them is none.
+static void add_position(const Walk *w, Frame *f, const Position *p) {
+    bool deep = f->depth + w->schema->deepest > MAX_DEPTH;
+    if (deep && position_left(w->arena, w->vocabulary, p, f->depth) >= BEYOND) return;
+    if (f->n < MOST_LIVE) {
+        f->at[f->n++] = *p;
+        return;
+    }
+    int worst = 0;
+    uint32_t most = 0, its = position_left(w->arena, w->vocabulary, p, f->depth);
+    for (int i = 0; i < f->n; i++) {
+        uint32_t left = position_left(w->arena, w->vocabulary, &f->at[i], f->depth);
+        if (left > most) most = left, worst = i;
+    }
+    if (its < most) f->at[worst] = *p;
+}
+
+// The frame on which a value has been written for these of its positions.
+static const Frame *close_value(const Walk *w, const Frame *f, uint64_t done) {
+    Frame *next = new_frame(w, f ? f->below : NULL, f ? f->n : 0);
+    for (int i = 0; f && i < f->n; i++) {
+        if (!(done >> i & 1)) continue;
+        Position *p = &next->at[next->n++];
+        *p = f->at[i];
+        if (p->atom->kind == OBJECT && !p->free)
+            p->next = p->atom->members.words[p->low].number + 1;
+        p->count++;
+        p->phase = BEHIND_VALUE;
+    }
+    return next;
+}
+
+// The frame of the values that are due in f and begin with this byte, on f; NULL: none does.
+static const Frame *open_value(const Walk *w, const Frame *f, uint8_t byte) {
+    Frame *waits = new_frame(w, f->below, f->n);
+    memcpy(waits->at, f->at, (size_t)f->n * sizeof *f->at);
+    waits->n = f->n;
+    Frame *next = new_frame(w, waits, MOST_LIVE);
+    for (int i = 0; i < f->n; i++) {
+        const Position *p = &f->at[i];
+        Cost after, after_quoted;
+        if (p->phase == BEFORE_ITEM && p->atom->list.most == 0) continue;
+        const Value *v = due_value(p, &after, &after_quoted);
+        waits->at[i].phase = IN_VALUE;
+        uint32_t rest[] = { plus(after.tokens, p->rest[0]),
+                            plus(after_quoted.tokens, p->rest[0]) };
+        for (int k = 0; k < v->n; k++) {
+            Position *same = next->at, out[2];
+            while (same < next->at + next->n && same->atom != v->atoms[k]) same++;
+            if (same < next->at + next->n) {   // two positions wait for the same
+                same->serves |= 1ull << i;
+                for (int q = 0; q < 2; q++) same->rest[q] = lesser(same->rest[q], rest[q]);
+                continue;
+            }
+            Position opening = { .atom = v->atoms[k], .serves = 1ull << i,
+                                 .rest = { rest[0], rest[1] } };
+            if (step_opening(&opening, byte, out)) add_position(w, next, out);
+        }
+    }
+    return next->n ? next : NULL;
+}
+
+// What a byte makes of a state; NULL: it cannot follow.
+static const Frame *step(const Walk *w, const Frame *f, uint8_t byte) {
+    if (f->n == 0) return NULL;
+    bool item = f->at[0].phase == BEFORE_ITEM && byte != ']';
+    if (f->at[0].phase == BEFORE_VALUE || item) return open_value(w, f, byte);
+    int room = 2 * f->n < MOST_LIVE ? 2 * f->n : MOST_LIVE;
+    Frame *next = new_frame(w, f->below, room);
+    uint64_t done = 0, whole = 0;
+    for (int i = 0; i < f->n; i++) {
+        Position out[2];
+        int n = step_position(w, &f->at[i], byte, out);
+        if (n == ENDS_VALUE) done |= f->at[i].serves;
+        for (int k = 0; k < n; k++) add_position(w, next, &out[k]);
+        if (n == 0 && is_whole(&f->at[i])) whole |= f->at[i].serves;
+    }
+    if (next->n) return next;
+    if (done) return close_value(w, f->below, done);
+    return whole && f->below ? step(w, close_value(w, f->below, whole), byte) : NULL;
+}
+
+// The state before anything is written.
+static const Frame *opening_frame(const Walk *w) {
+    const Value *v = w->schema->value;
+    Frame *f = new_frame(w, NULL, v->n);
+    for (int i = 0; i < v->n; i++)
+        f->at[f->n++] = (Position){ .atom = v->atoms[i], .serves = 1, .rest = { 0, 1 } };
+    return f;
+}
+
+// May the text end here?
+static bool may_end(const Frame *f) {
+    bool whole = f->n == 0;
+    for (int i = 0; i < f->n && !f->below; i++) whole |= is_whole(&f->at[i]);
+    return whole;
+}
+
+// Is what follows text of the content's own, and not of its structure?
+static bool in_content(const Frame *f) { return f->n > 0 && f->at[0].phase == IN_STRING; }
+
+// Is a text that may end here at its end, since nothing may follow?
+static bool must_end(const Walk *w, const Frame *f) {
+    if (f->n == 0) return true;
+    if (!may_end(f)) return false;
+    Mark mark = arena_mark(w->arena);
+    bool goes_on = false;
+    for (int byte = 0; byte < 256 && !goes_on; byte++)
+        goes_on = step(w, f, (uint8_t)byte) != NULL;
+    arena_reset(w->arena, mark);
+    return !goes_on;
+}
+
+// What is seen of a text on the way to where it does not fit.
+typedef struct {
+    const Frame *frame;            // where it stands
+    const Frame *object;           // the last one in which a name was due, and where
+    size_t at, name_at;
+} Judged;
+
+static Judged judge_text(const Walk *w, const char *text, size_t n) {
+    Judged j = { .frame = opening_frame(w) };
+    for (; j.at < n; j.at++) {
+        bool name = j.frame->n && j.frame->at[0].phase == IN_NAME && j.frame->at[0].at == 0;
+        if (name) j.object = j.frame, j.name_at = j.at;
+        const Frame *next = step(w, j.frame, (uint8_t)text[j.at]);
+        if (next == NULL) break;
+        j.frame = next;
+    }
+    return j;
+}
+
+// The name of a member that stands at text[0 .. n) is declared, or was used already?
+static bool is_declared(const Frame *f, const char *text, size_t n) {
+    for (int i = 0; i < f->n; i++)
+        for (uint32_t k = 0; k < f->at[i].atom->members.n_taken; k++) {
+            const Word *w = &f->at[i].atom->members.taken[k];
+            if (n > w->length + 1 && text[0] == '"' && text[w->length + 1] == '"' &&
+                memcmp(text + 1, w->text, w->length) == 0) return true;
+        }
+    return false;
+}
+
+// The decision of ours by which a text is refused that JSON Schema might accept; NULL: none is
+// known.
+static const char *decision(const Judged *j, const char *text, size_t n) {
+    const Frame *f = j->frame;
+    Phase phase = f->n ? f->at[0].phase : OPENING;
+    char c = j->at < n ? text[j->at] : 0;
+    if (c && strchr(" \t\r", c) && phase != IN_STRING)
+        return "white space is not written";
+    if (phase == IN_NUMBER && c && strchr(".eE", c) && f->at[0].atom->numbers.scale == 0)
+        return "an integer is written without a fraction and an exponent";
+    if (phase == IN_STRING && (c == 'u' || c == '/') && j->at && text[j->at - 1] == '\\')
+        return "a character is written as itself, where it need not be escaped";
+    bool naming = phase == IN_NAME || phase == IN_FREE_NAME;
+    if (!naming || j->object == NULL || text[j->name_at] != '"') return NULL;
+    if (is_declared(j->object, text + j->name_at, n - j->name_at))
+        return "members come in the order of the schema, each once";
+    const Members *m = &f->at[0].atom->members;
+    return m->free || m->closed ? NULL : "members that the schema does not name are not written";
+}
+
+// "ok", or where and why a text does not fit. False: it does not.
+static bool append_verdict(Bytes *out, const Schema *c, const char *text, size_t n) {
+    Arena arena = {0};
+    Walk w = { c, c->vocabulary, &arena };
+    Judged j = judge_text(&w, text, n);
+    bool fits = j.at == n && may_end(j.frame);
+    if (fits) append_string(out, "ok");
+    else {
+        enum { SHOWN = 12 };
+        int expected = 0;
+        Bytes list = {0};
+        append_format(out, "at byte %zu ", j.at);
+        for (int byte = 0x20; byte < 0x7F && expected <= SHOWN; byte++)
+            if (step(&w, j.frame, (uint8_t)byte))
+                append_format(&list, "%s%c", expected++ ? " " : "", byte);
+        if (j.frame->n == 0) append_string(out, "the end was expected");
+        else if (expected == 0) append_string(out, "something else was expected");
+        else if (expected > SHOWN) append_string(out, "something else was expected");
+        else append_format(out, "%s%s was expected", expected > 1 ? "one of " : "", list.data);
+        append_string(out, "; found ");
+        size_t length = n - j.at < SHOWN ? n - j.at : SHOWN;
+        if (length) append_text(out, text + j.at, length, IN_A_LINE);
+        else append_string(out, "the end");
+        const char *ours = decision(&j, text, n);
+        if (ours) append_format(out, " (a decision of kl3m: %s)", ours);
+        free(list.data);
+    }
+    arena_free(&arena);
+    return fits;
+}
+
+// The tokens that stay within a language, whatever its lengths, from one of its states on: kept,
+// since most of a text stands in strings.
+typedef struct {
+    long schema;                   // its number; 0: the place is free
+    const Automaton *automaton;
+    uint32_t state;
+    uint64_t *bits;
+} Inside;
+
+enum { KEPT = 64 };
+
+// What one thread needs to find the tokens that may follow.
+typedef struct {
+    const Vocabulary *vocabulary;
+    Arena arena;
+    const Frame **path;            // [LONGEST_USABLE] the states behind a token's bytes
+    Reader *readers;               // [LONGEST_USABLE]
+    Mark *marks;                   // [LONGEST_USABLE + 1]
+    Inside kept[KEPT];
+    int last_kept;
+    uint64_t *allowed;             // [words] a bit a token
+    size_t words;
+} Masker;
+
+static Masker masker_open(const Vocabulary *v, int vocab) {
+    size_t words = ((size_t)vocab + 63) / 64;
+    return (Masker){ .vocabulary = v, .words = words, .allowed = allocate(words, sizeof(uint64_t)),
+                     .path = allocate(LONGEST_USABLE, sizeof(Frame *)),
+                     .readers = allocate(LONGEST_USABLE, sizeof(Reader)),
+                     .marks = allocate(LONGEST_USABLE + 1, sizeof(Mark)) };
+}
+
+static void masker_close(Masker *k) {
+    for (int i = 0; i < KEPT; i++) free(k->kept[i].bits);
+    arena_free(&k->arena);
+    free(k->allowed);
+    free(k->path);
+    free(k->readers);
+    free(k->marks);
+}
+
+static void set_bit(uint64_t *bits, uint32_t i) { bits[i / 64] |= 1ull << i % 64; }
+
+// The tokens of a trie behind which at most `most` tokens are needed.
+static void walk_trie(Masker *k, const Walk *w, const Trie *t, const Frame *f, uint32_t most) {
+    k->marks[0] = arena_mark(&k->arena);
+    for (uint32_t i = 0; i < t->n;) {
+        const TrieNode *node = &t->nodes[i];
+        arena_reset(&k->arena, k->marks[node->depth]);
+        const Frame *next = step(w, node->depth ? k->path[node->depth - 1] : f, node->byte);
+        if (next == NULL) {
+            i = node->end;
+            continue;
+        }
+        k->path[node->depth] = next;
+        k->marks[node->depth + 1] = arena_mark(&k->arena);
+        if (node->token != TOKENIZER_NONE &&
+            frame_left(&k->arena, k->vocabulary, next) <= most) set_bit(k->allowed, node->token);
+        i++;
+    }
+    arena_reset(&k->arena, k->marks[0]);
+}
+
+// The tokens that stay within a language, behind which at most `most` bytes are needed to its end.
+static void walk_language(Masker *k, const Language *l, const Reader *from, uint32_t most,
+                          uint64_t *bits) {
+    const Trie *t = &k->vocabulary->all;
+    for (uint32_t i = 0; i < t->n;) {
+        const TrieNode *node = &t->nodes[i];
+        Reader *r = &k->readers[node->depth];
+        *r = node->depth ? r[-1] : *from;
+        if (!read_byte(l, r, node->byte)) {
+            i = node->end;
+            continue;
+        }
+        if (node->token != TOKENIZER_NONE && reader_left(l, r) <= most)
+            set_bit(bits, node->token);
+        i++;
+    }
+}
+
+// The same where neither lengths nor the limit matter.
+static const uint64_t *inside_tokens(Masker *k, long schema, const Language *l, uint32_t state) {
+    for (Inside *i = k->kept; i < k->kept + KEPT; i++)
+        if (i->schema == schema && i->automaton == l->automaton && i->state == state)
+            return i->bits;
+    Inside *new = &k->kept[k->last_kept = (k->last_kept + 1) % KEPT];
+    Language any_length = *l;
+    any_length.least = 0, any_length.most = BEYOND - 1;
+    if (new->bits == NULL) new->bits = allocate(k->words, sizeof *new->bits);
+    memset(new->bits, 0, k->words * sizeof *new->bits);
+    new->schema = schema, new->automaton = l->automaton, new->state = state;
+    walk_language(k, &any_length, &(Reader){ .state = state }, BEYOND - 1, new->bits);
+    return new->bits;
+}
+
+// The tokens that may follow when `left` of them may still be drawn, into k->allowed.
+static void find_allowed(Masker *k, const Schema *c, const Frame *f, uint32_t left) {
+    enum { PART_OF_A_NAME = 16 };  // bytes that end any character and make any name a free one
+    Walk w = { c, k->vocabulary, &k->arena };
+    const Position *p = &f->at[0];
+    const Language *l = NULL;
+    memset(k->allowed, 0, k->words * sizeof *k->allowed);
+    if (left == 0) return;
+    if (f->n == 1 && p->phase == IN_STRING) l = &p->atom->language;
+    if (f->n == 1 && p->phase == IN_FREE_NAME && p->atom->members.any_name)
+        l = &p->atom->members.names;
+    if (l == NULL) {
+        walk_trie(k, &w, &k->vocabulary->all, f, left - 1);
+        return;
+    }
+    uint32_t most_chars = plus(plus(p->reader.count, k->vocabulary->most_bytes), l->worst.chars);
+    uint32_t needed = position_left(&k->arena, k->vocabulary, p, f->depth);
+    bool roomy = p->reader.part == BETWEEN && most_chars <= l->most &&
+                 plus(plus(needed, l->worst.bytes), PART_OF_A_NAME) < left;
+    if (roomy) {
+        const uint64_t *inside = inside_tokens(k, c->number, l, p->reader.state);
+        for (size_t i = 0; i < k->words; i++) k->allowed[i] |= inside[i];
+    } else if (p->phase == IN_STRING) {
+        uint32_t rest = p->rest[p->atom->quoted];
+        if (rest < left) walk_language(k, l, &p->reader, left - 1 - rest, k->allowed);
+    } else walk_trie(k, &w, &k->vocabulary->all, f, left - 1);
+    if (l->json) walk_trie(k, &w, &k->vocabulary->quotes, f, left - 1);
+}
+
+typedef struct {
+    const Schema *schema;          // NULL: any text will do
+    const Frame *frame;
+    Arena arena;                   // holds it, and what it was before
+    size_t kept;                   // bytes of it when it was last copied
+    int taken;                     // tokens
+    bool ended;                    // nothing may follow them, or the last one ends a text
+} Constraint;
+
+static const Letter *copy_letters(Arena *a, const Letter *from) {
+    const Letter *copy = NULL;
+    const Letter **at = &copy;
+    for (; from; from = from->before) {
+        Letter *letter = take_copy(a, from, sizeof *from);
+        *at = letter;
+        at = &letter->before;
+    }
+    return copy;
+}
+
+static const Used *copy_used(Arena *a, const Used *from) {
+    const Used *copy = NULL;
+    const Used **at = &copy;
+    for (; from; from = from->before) {
+        Used *used = take_copy(a, from, sizeof *from);
+        used->name = copy_letters(a, from->name);
+        *at = used;
+        at = &used->before;
+    }
+    return copy;
+}
+
+static const Frame *copy_frame(Arena *a, const Frame *from) {
+    if (from == NULL) return NULL;
+    Frame *f = take_copy(a, from, sizeof *from + (size_t)from->n * sizeof *from->at);
+    f->below = copy_frame(a, from->below);
+    for (int i = 0; i < f->n; i++) {
+        f->at[i].name = copy_letters(a, from->at[i].name);
+        f->at[i].used = copy_used(a, from->at[i].used);
+    }
+    return f;
+}
+
+static void constraint_begin(Constraint *c, const Schema *schema) {
+    *c = (Constraint){ .schema = schema };
+    if (schema == NULL) return;
+    c->frame = opening_frame(&(Walk){ schema, schema->vocabulary, &c->arena });
+}
+
+static void constraint_close(Constraint *c) {
+    arena_free(&c->arena);
+    *c = (Constraint){0};
+}
+
+// The state behind a token; NULL: it may not follow.
+static const Frame *step_token(const Walk *w, const Frame *f, uint32_t token) {
+    size_t n;
+    const char *text = tokenizer_text(w->vocabulary->tokenizer, token, &n);
+    for (size_t i = 0; i < n && f; i++) f = step(w, f, (uint8_t)text[i]);
+    return n ? f : NULL;
+}
+
+// A token that may follow has been drawn. What its text was is forgotten now and then.
+static void constraint_take(Constraint *c, uint32_t token) {
+    enum { FORGOTTEN = 1 << 18 };
+    Walk w = { c->schema, c->schema->vocabulary, &c->arena };
+    const Frame *next = step_token(&w, c->frame, token);
+    c->taken++;
+    c->ended = next == NULL || must_end(&w, next);         // NULL: it is an end token
+    if (next == NULL) return;
+    c->frame = next;
+    if (c->arena.size < 2 * c->kept + FORGOTTEN) return;
+    Arena copy = {0};
+    c->frame = copy_frame(&copy, next);
+    arena_free(&c->arena);
+    c->arena = copy, c->kept = copy.size;
+}
+
+// The only byte that may follow, of those that a structure is made of, or -1. Inside a string or a
+// number there are always several.
+static int only_byte(const Walk *w, const Frame *f) {
+    int found = -1;
+    for (int i = 0; i < f->n; i++)
+        if (f->at[i].phase == IN_STRING || f->at[i].phase == IN_NUMBER ||
+            f->at[i].phase == IN_FREE_NAME) return -1;
+    for (int byte = '"'; byte <= '}'; byte++) {
+        if (step(w, f, (uint8_t)byte) == NULL) continue;
+        if (found >= 0) return -1;
+        found = byte;
+    }
+    return may_end(f) ? -1 : found;
+}
+
+// The first token of the text that must follow, as the encoder would cut it; TOKENIZER_NONE: none
+// must, or a longer token may span its end.
+static uint32_t forced_token(const Walk *w, const Frame *f) {
+    enum { MOST_FORCED = 24 };
+    char text[MOST_FORCED];
+    uint32_t ids[MOST_FORCED];
+    size_t n = 0;
+    Mark mark = arena_mark(w->arena);
+    for (int byte; n < MOST_FORCED && (byte = only_byte(w, f)) >= 0; n++) {
+        text[n] = (char)byte;
+        f = step(w, f, (uint8_t)byte);
+    }
+    bool end = n > 0 && f->n == 0;             // nothing may follow
+    arena_reset(w->arena, mark);
+    ptrdiff_t count = n ? tokenizer_encode(w->vocabulary->tokenizer, text, n, true, ids) : 0;
+    if (count > 1 || (count == 1 && end)) return ids[0];
+    return TOKENIZER_NONE;
+}
+
+// ---- 16. Requests ----
 // A prompt and its continuations, from the reading to the last token: what they hold, what ends
 // them, and the pages that are promised to them. A request's life, of which the scheduler (room
 // 14) takes each step:
@@ -3822,11 +7458,11 @@ static void guesses_close(Guesses *g) {
 //
 // One that cannot be run (error), or wants nothing, is DONE at once. Where texts are scored, what a
 // request's continuations say is known, and they run as prompts do, many rows in a pass; a text
-// that nothing stands before has an empty prompt and is its own continuation. A constraint on
-// tokens would be a Continuation's state: draw_piece (room 14) asks it for Choice.allowed and
-// advances it with each token it draws, propose_next with each guess.
+// that nothing stands before has an empty prompt and is its own continuation. What a schema
+// constrains is a Continuation's state: draw_piece (room 17) asks it which tokens may follow and
+// takes it further with each token it draws, propose_next with each guess.
 
-typedef enum { UNDECIDED, BY_EOS, BY_LENGTH, BY_STOP } Reason;
+typedef enum { UNDECIDED, BY_EOS, BY_LENGTH, BY_STOP, BY_SCHEMA } Reason;
 typedef enum { WAITING, PREFILLING, RUNNING, DONE } State;
 
 typedef struct Request Request;
@@ -3838,6 +7474,7 @@ typedef struct {
     int n;
     Tail tail;                 // of the text and the guesses
     Guess next;                // that may join them; its chance: that all up to it come true
+    const Frame *frame;        // behind them, where a schema constrains the text
 } Chain;
 
 typedef struct {
@@ -3851,6 +7488,7 @@ typedef struct {
     Tail tail;
     Chain chain;
     Ranked *ranks;             // [n][1 + likeliest] of each token drawn or scored; or NULL
+    Constraint constraint;
     // Of what is to be scored (Settings.scores): all its tokens, which lie in the request's ids
     // and stand behind its prompt. n of them are scored so far, from known[unscored] on.
     const uint32_t *known;     // [n_known]
@@ -3874,6 +7512,7 @@ struct Request {
     int limit;                 // new tokens at most
     uint64_t seed, stream;     // of its draws
     const uint32_t *forced;    // NULL, or [limit]: drawn instead; tests/bench replays known text
+    Schema *schema;            // that its continuations fit, or NULL; it is one of its users
 
     Sequence prompt_kv;        // of the prompt as far as it was run; shared by its continuations
     Tail tail;                 // of the prompt
@@ -3896,6 +7535,11 @@ typedef struct {
     long logprobs;             // of each place so many tokens' are wanted, besides that of its own;
                                // -1: none
     Texts stops;               // end a continuation, which is cut before them
+    const Vocabulary *vocabulary;      // of texts that must fit a schema; NULL: none must
+    Schema *schema;            // that all must fit; NULL: each request brings its own
+    const char *schema_member; // the member of a record that holds it
+    bool pattern;              // the schema is a pattern, and the texts are no JSON
+    Texts ignored;             // keywords of schemas that are not enforced if not supported
 } Settings;
 
 // How many of the likeliest tokens of each place are kept: the first tells whether a token is
@@ -3950,7 +7594,8 @@ static void accept_token(const Model *m, const Settings *s, Continuation *c) {
     if (find_stop(&s->stops, &c->text, old, &end, &n)) {
         c->reason = BY_STOP;
         c->text.size = end - n;
-    } else if (is_end(m, token) && !s->ignore_eos) c->reason = BY_EOS;
+    } else if (c->constraint.ended && c->n == c->constraint.taken) c->reason = BY_SCHEMA;
+    else if (is_end(m, token) && !s->ignore_eos) c->reason = BY_EOS;
     else if (c->n >= c->request->limit) c->reason = BY_LENGTH;
 }
 
@@ -4070,13 +7715,14 @@ static void make_continuations(Request *r, long n) {
 // A request is read: its continuations are made, unless they are known, and if it is to be run it
 // waits for pages.
 static void begin_request(Request *r, const Settings *s) {
-    bool runs = !r->error && (r->limit > 0 || s->every_position);
+    bool empty = r->schema && r->schema->empty;            // nothing is to be written
+    bool runs = !r->error && (r->limit > 0 || s->every_position) && !empty;
     r->state = runs ? WAITING : DONE;
     if (r->error) return;
     r->stream = stream_of(r->ids, r->prompt_tokens);
     if (!s->scores) make_continuations(r, s->returns);
     for (int i = 0; i < r->n_continuations; i++)
-        r->continuations[i].reason = runs ? UNDECIDED : BY_LENGTH;
+        r->continuations[i].reason = runs ? UNDECIDED : empty ? BY_SCHEMA : BY_LENGTH;
 }
 
 // Begins the next continuation of a prompt that has been run, behind so many of its positions. Each
@@ -4091,6 +7737,7 @@ static Continuation *start_continuation(Pages *p, const Settings *s, Request *r,
         c->ranks = allocate_raw(tokens, (1 + (size_t)likeliest) * sizeof *c->ranks, LINE_BYTES);
     append(&c->text, "", 0);                   // so that an empty text is a string too
     c->sequence = kv_fork(&r->prompt_kv, behind);
+    if (r->schema) constraint_begin(&c->constraint, r->schema);
     c->tail = r->tail;
     if (r->started == r->n_continuations) keep_whole_pages(p, r);
     return c;
@@ -4110,6 +7757,7 @@ static void end_request(Pages *p, Request *r) {
 static void end_continuation(Pages *p, Continuation *c) {
     Request *r = c->request;
     kv_free(&p->kv, &c->sequence);
+    constraint_close(&c->constraint);
     r->finished++;
     if (r->finished == r->n_continuations) end_request(p, r);
     else if (r->started == r->n_continuations) {
@@ -4121,11 +7769,13 @@ static void end_continuation(Pages *p, Continuation *c) {
 static void request_free(Request *r, KVCache *kv) {
     for (int i = 0; i < r->n_continuations; i++) {
         kv_free(kv, &r->continuations[i].sequence);
+        constraint_close(&r->continuations[i].constraint);
         free(r->continuations[i].ids);
         free(r->continuations[i].text.data);
         free(r->continuations[i].ranks);
     }
     kv_free(kv, &r->prompt_kv);
+    if (r->schema) r->schema->users--;
     free(r->continuations);
     free(r->ids);
     free(r->prompt);
@@ -4134,7 +7784,7 @@ static void request_free(Request *r, KVCache *kv) {
     free(r);
 }
 
-// ---- 14. Scheduling ----
+// ---- 17. Scheduling ----
 // Requests come from a client, are run some at a time, and go back to it in the order they came.
 // A pass is planned, run and read. It holds, for every continuation in work, the row of its last
 // token and guesses behind it, and of what is known (prompts, continuations to be scored) as many
@@ -4210,6 +7860,8 @@ typedef struct {
     Pages pages;
     Work work;
     Sampler *samplers;                 // [threads]
+    Masker *maskers;                   // [threads], where texts must fit a schema
+    Arena frames;                      // of guesses at such texts, in the pass that is planned
     Request *first, *last;             // read and not delivered, in the order of the input
     Request *waiting;                  // the last one read, while there are no pages for it
     int n_requests;                    // in the list
@@ -4230,6 +7882,19 @@ typedef struct {
 
 typedef struct { const Scheduler *s; Draw *draws; } DrawJob;
 
+// The tokens that may follow where a schema constrains a continuation; NULL: no token is left that
+// may be drawn.
+static const uint64_t *allowed_tokens(const Scheduler *s, const Continuation *c, Masker *k) {
+    const FileConfig *file = &s->m->file_config;
+    const Frame *f = c->constraint.frame;
+    int left = c->request->limit - c->constraint.taken;
+    find_allowed(k, c->constraint.schema, f, (uint32_t)left);
+    bool any = false;
+    for (uint32_t i = 0; i < file->n_ends && may_end(f); i++) set_bit(k->allowed, file->ends[i]);
+    for (size_t i = 0; i < k->words && !any; i++) any = k->allowed[i] != 0;
+    return any ? k->allowed : NULL;
+}
+
 // Piece: the tokens of one continuation: the guesses that come true, and the first that was not
 // guessed.
 static void draw_piece(void *arg, int piece, int thread) {
@@ -4248,6 +7913,12 @@ static void draw_piece(void *arg, int piece, int thread) {
         };
         if (!s->kernels->all_finite(vocab, choice.logits)) d->fault = NOT_FINITE;
         if (d->fault) return;
+        if (c->constraint.schema) {
+            choice.unpenalized = !in_content(c->constraint.frame);
+            choice.allowed = allowed_tokens(s, c, &s->maskers[thread]);
+            c->constraint.ended = choice.allowed == NULL;
+            if (c->constraint.ended) return;
+        }
         uint32_t token = sample(&s->settings.sampling, &choice, &s->samplers[thread]);
         if (token == TOKENIZER_NONE) d->fault = PENALTY_OVERFLOWS;
         if (d->fault) return;
@@ -4259,6 +7930,8 @@ static void draw_piece(void *arg, int piece, int thread) {
                        c->ranks + (long)n * (1 + likeliest));
         guessed = d->drawn + 1 < d->rows && c->chain.ids[d->drawn] == token;
         d->drawn++;
+        if (c->constraint.schema) constraint_take(&c->constraint, token);
+        guessed &= !c->constraint.ended;
     }
 }
 
@@ -4286,6 +7959,7 @@ static void draw_all(Scheduler *s, int n) {
             s->figures.tokens++;
         }
         check_draw(s, d);
+        if (c->reason == UNDECIDED && c->constraint.ended) c->reason = BY_SCHEMA;
         c->sequence.length = c->request->n + c->n - 1;     // the last token is due
         if (c->reason == UNDECIDED) s->running[s->n_running++] = c;
         else {
@@ -4463,10 +8137,37 @@ static double row_share(const PassTime *t, int n) {
     return row / (time.seconds + (n - time.rows) * row);
 }
 
+// The state behind a token, if the token may follow a chain in a text that must fit a schema.
+static const Frame *frame_behind(Scheduler *s, const Continuation *c, uint32_t token) {
+    Walk w = { c->constraint.schema, s->settings.vocabulary, &s->frames };
+    int left = c->request->limit - c->n - c->chain.n - 1;
+    const Frame *f = usable(s->settings.vocabulary, token) ? step_token(&w, c->chain.frame, token)
+                                                           : NULL;
+    bool ends = f && frame_left(&s->frames, s->settings.vocabulary, f) <= (uint32_t)left;
+    return ends ? f : NULL;
+}
+
+// Where a schema constrains the text: what must follow is guessed, what may not follow is not.
+static void hold_to_schema(Scheduler *s, Continuation *c) {
+    static const double sure = 0.9;            // the text is, but a model may cut it otherwise
+    Walk w = { c->constraint.schema, s->settings.vocabulary, &s->frames };
+    Guess *next = &c->chain.next;
+    if (c->chain.frame == NULL || c->chain.frame->n == 0) {
+        next->chance = 0;
+        return;
+    }
+    uint32_t forced = forced_token(&w, c->chain.frame);
+    if (forced != TOKENIZER_NONE && next->chance < sure) *next = (Guess){ forced, sure };
+    if (next->chance > 0 && !frame_behind(s, c, next->token)) next->chance = 0;
+}
+
 // The guess that may stand behind a chain, whose own chance to come true is given.
-static void propose_next(const Scheduler *s, Chain *chain, double chance) {
-    chain->next = propose(s->guesses, &chain->tail);
-    chain->next.chance *= chain->next.token < (uint32_t)s->m->c.vocab ? chance : 0;
+static void propose_next(Scheduler *s, Continuation *c, double chance) {
+    Guess *next = &c->chain.next;
+    *next = propose(s->guesses, &c->chain.tail);
+    if (next->token >= (uint32_t)s->m->c.vocab) next->chance = 0;
+    if (c->constraint.schema) hold_to_schema(s, c);
+    next->chance *= chance;
 }
 
 // Is there room for another guess? A continuation has a tile's rows at most, and a draw must come
@@ -4475,12 +8176,13 @@ static bool may_guess(const Continuation *c) {
     return 1 + c->chain.n < TILE && c->n + c->chain.n + 1 < c->request->limit;
 }
 
-static void add_guess(const Scheduler *s, Continuation *c) {
+static void add_guess(Scheduler *s, Continuation *c) {
     Chain *chain = &c->chain;
     Guess taken = chain->next;
+    if (c->constraint.schema) chain->frame = frame_behind(s, c, taken.token);
     chain->ids[chain->n++] = taken.token;
     push(&chain->tail, taken.token);
-    propose_next(s, chain, taken.chance);
+    propose_next(s, c, taken.chance);
 }
 
 // Chooses the guesses of a pass that has n rows without them, each of which brings a token or takes
@@ -4488,10 +8190,11 @@ static void add_guess(const Scheduler *s, Continuation *c) {
 // before it. Returns how many.
 static int plan_guesses(Scheduler *s, int n) {
     double tokens = n;
+    arena_free(&s->frames);
     for (int i = 0; i < s->n_running; i++) {
         Continuation *c = s->running[i];
-        c->chain = (Chain){ .tail = c->tail };
-        if (s->guesses) propose_next(s, &c->chain, 1);
+        c->chain = (Chain){ .tail = c->tail, .frame = c->constraint.frame };
+        if (s->guesses) propose_next(s, c, 1);
     }
     int guesses = 0, most = s->max_rows - n < MOST_GUESSES ? s->max_rows - n : MOST_GUESSES;
     for (; s->guesses && guesses < most; guesses++) {
@@ -4695,6 +8398,10 @@ static Scheduler scheduler_open(const Model *m, const Kernels *kernels, Settings
     s.draws = allocate((size_t)s.batch, sizeof *s.draws);
     s.samplers = allocate((size_t)pool.threads, sizeof *s.samplers);
     for (int i = 0; i < pool.threads; i++) s.samplers[i] = sampler_open(kernels, m->c.vocab);
+    if (settings.vocabulary)
+        s.maskers = allocate((size_t)pool.threads, sizeof *s.maskers);
+    for (int i = 0; i < pool.threads && s.maskers; i++)
+        s.maskers[i] = masker_open(settings.vocabulary, m->c.vocab);
     return s;
 }
 
@@ -4718,6 +8425,9 @@ static void scheduler_close(Scheduler *s) {
         request_free(r, &s->pages.kv);
     }
     for (int i = 0; i < pool.threads; i++) sampler_close(&s->samplers[i]);
+    for (int i = 0; i < pool.threads && s->maskers; i++) masker_close(&s->maskers[i]);
+    arena_free(&s->frames);
+    free(s->maskers);
     for (int i = 0; i < BEGINNINGS; i++) forget(&s->pages, &s->pages.beginnings[i]);
     free(s->samplers);
     free(s->draws);
@@ -4729,7 +8439,7 @@ static void scheduler_close(Scheduler *s) {
     kv_close(&s->pages.kv);
 }
 
-// ---- 15. Prompts ----
+// ---- 18. Prompts ----
 // Where prompts come from (-p, -f, records of a descriptor, read as they are needed), and how each
 // becomes a request: escapes, JSON, token ids. Nothing is printed here.
 
@@ -4752,6 +8462,7 @@ typedef struct {
     Bytes text;
     Bytes members;             // of JSON that came with it
     Texts continuations;
+    Bytes schema;              // JSON, as it stands in the record; no data: there is none
     bool continued;            // there are continuations, if only an empty list
     bool wrong;                // they are no texts
 } Prompt;
@@ -4759,6 +8470,7 @@ typedef struct {
 static void prompt_free(Prompt *p) {
     free(p->text.data);
     free(p->members.data);
+    free(p->schema.data);
     free_texts(&p->continuations);
 }
 
@@ -4806,8 +8518,42 @@ static int next_record(Records *in, bool wait, char **text, size_t *n) {
     }
 }
 
+// Schemas of records, each compiled once for each text, as long as it is on the shelf.
+typedef struct { Bytes text; Schema *schema; long used; } ShelvedSchema;
+typedef struct { ShelvedSchema *at; int n; long uses; } Shelf;
+
+enum { SHELVED = 64 };             // more only while requests hold them
+
+// The schema of a text; it stays at least as long as it has users.
+static Schema *find_schema(Shelf *shelf, const Settings *s, const Bytes *text) {
+    ShelvedSchema *oldest = NULL;
+    for (ShelvedSchema *one = shelf->at; one < shelf->at + shelf->n; one++) {
+        bool same = one->text.size == text->size &&
+                    memcmp(one->text.data, text->data, text->size) == 0;
+        if (same) return one->used = ++shelf->uses, one->schema;
+        if (one->schema->users == 0 && (!oldest || one->used < oldest->used)) oldest = one;
+    }
+    if (shelf->n >= SHELVED && oldest) {
+        free(oldest->text.data);
+        schema_free(oldest->schema);
+    } else {
+        size_t room = (size_t)shelf->n * sizeof *shelf->at;
+        shelf->at = grow(shelf->at, &room, room + sizeof *shelf->at);
+        oldest = &shelf->at[shelf->n++];
+    }
+    *oldest = (ShelvedSchema){ .used = ++shelf->uses };
+    append(&oldest->text, text->data, text->size);
+    oldest->schema = schema_of_text(s->vocabulary, &s->ignored, text->data, text->size);
+    return oldest->schema;
+}
+
 // Prompts one by one: the one of -p or -f, or records.
-typedef struct { const Source *source; Records records; bool single, given; } Prompts;
+typedef struct {
+    const Source *source;
+    Records records;
+    Shelf shelf;
+    bool single, given;
+} Prompts;
 
 static Prompts prompts_open(const Source *source) {
     return (Prompts){ .source = source, .single = source->prompt || source->file,
@@ -4849,7 +8595,14 @@ static int next_prompt(Prompts *all, bool wait, Prompt *p, long *line) {
     return 1;
 }
 
-static void prompts_close(Prompts *p) { free(p->records.buffer.data); }
+static void prompts_close(Prompts *p) {
+    for (int i = 0; i < p->shelf.n; i++) {
+        free(p->shelf.at[i].text.data);
+        schema_free(p->shelf.at[i].schema);
+    }
+    free(p->shelf.at);
+    free(p->records.buffer.data);
+}
 
 // Is this the name of a member that the output has of its own?
 static bool is_ours(const Settings *s, const Bytes *name) {
@@ -4860,6 +8613,7 @@ static bool is_ours(const Settings *s, const Bytes *name) {
         { "new_tokens", drawn }, { "seed", drawn },
         { "continuation", scored }, { "logprob", scored }, { "tokens", scored },
         { "perplexity", scored }, { "bits_per_byte", scored }, { "greedy", scored },
+        { "unchecked", s->ignored.n > 0 },
     };
     for (size_t i = 0; i < sizeof members / sizeof *members; i++)
         if (strcmp(name->data, members[i].name) == 0 && name->size == strlen(members[i].name))
@@ -4900,6 +8654,7 @@ static void json_member(Json *j, const Settings *s, Prompt *p, const char **faul
     const char *value = j->at;
     bool ours = is_ours(s, &name), is_prompt = ours && strcmp(name.data, "prompt") == 0;
     bool is_continuation = ours && strcmp(name.data, "continuation") == 0;
+    bool is_schema = s->schema_member && is_text(name.data, name.size, s->schema_member);
     free(name.data);
     if (is_prompt) {
         *fault = j->at;
@@ -4910,7 +8665,11 @@ static void json_member(Json *j, const Settings *s, Prompt *p, const char **faul
     j->at = value;
     if (is_prompt && *j->at == '"') json_string(j, &p->text);
     else json_value(j, 0);
-    if (ours) return;
+    if (is_schema) {
+        p->schema.size = 0;
+        append(&p->schema, value, (size_t)(j->at - value));
+    }
+    if (ours || is_schema) return;
     append(&p->members, member, (size_t)(j->at - member));
     append_string(&p->members, ", ");
 }
@@ -4993,16 +8752,22 @@ static void give_tokens(Request *r, Model *m, const PromptRules *rules, const Se
     r->n = count > 0 ? (int)count : 1;
     int room = m->c.context - r->n;
     r->limit = rules->new_tokens < room ? (int)rules->new_tokens : room;
-    r->error = memory_refusal(r, m, s);
+    if (r->schema && (uint32_t)r->limit < r->schema->least_tokens)
+        r->error = format_string("the schema needs at least %u new tokens, and %d may be drawn "
+                                 "(-n, and what the prompt leaves of the context); a larger -n or "
+                                 "a shorter prompt does", r->schema->least_tokens, r->limit);
+    else r->error = memory_refusal(r, m, s);
 }
 
-// A request for this text, which it copies.
+// A request for this text, which it copies, and the schema that its continuations must fit.
 static Request *new_request(Model *m, const PromptRules *rules, const Settings *s,
-                            const char *text, size_t n) {
+                            const char *text, size_t n, Schema *schema) {
     Request *r = allocate(1, sizeof *r);
     r->prompt = memcpy(allocate(n + 1, 1), text, n);
     r->prompt_size = n;
     if (s->scores) return r;
+    r->schema = schema;
+    if (schema) schema->users++;
     give_tokens(r, m, rules, s);
     r->seed = rules->seed >= 0 ? (uint64_t)rules->seed : system_random() >> 11;
     return r;
@@ -5075,10 +8840,32 @@ static void find_continuations(Request *r, Model *m, const PromptRules *rules, T
     r->limit = (int)longest;
 }
 
+// Why a record's schema cannot be used; NULL: it can. All that is refused stands in one line.
+static char *schema_refusal(const Settings *s, const Prompt *p, const Schema *schema) {
+    Bytes all = {0};
+    if (p->schema.data == NULL)
+        return format_string("there is no member \"%s\", which should hold its schema",
+                             s->schema_member);
+    for (int i = 0; schema && i < schema->refusals.n; i++) {
+        append_string(&all, i ? "; " : "the schema is refused: ");
+        append_string(&all, schema->refusals.texts[i].data);
+    }
+    return all.data;
+}
+
 // A request for what was read. Of a prompt its text and members are taken over, and the
 // continuations too.
-static Request *request_for(Prompt *p, Model *m, const PromptRules *rules, const Settings *s) {
-    Request *r = new_request(m, rules, s, p->text.data, p->text.size);
+static Request *request_for(Prompts *all, Prompt *p, Model *m, const PromptRules *rules,
+                            const Settings *s) {
+    Schema *schema = s->schema;
+    char *refused = NULL;
+    if (s->schema_member) {
+        if (p->schema.data) schema = find_schema(&all->shelf, s, &p->schema);
+        refused = schema_refusal(s, p, schema);
+    }
+    Request *r = new_request(m, rules, s, p->text.data, p->text.size, refused ? NULL : schema);
+    if (refused) free(r->error);
+    if (refused) r->error = refused;
     if (!s->scores) return r;
     if (p->continued) find_continuations(r, m, rules, &p->continuations);
     else find_windows(r, m, rules);
@@ -5101,10 +8888,10 @@ static Request *read_request(Prompts *all, Model *m, const PromptRules *rules, c
         p.text = (Bytes){0};
         append(&p.text, "", 0);
     }
-    if (!all->source->jsonl || json_record(&record, s, &p)) r = request_for(&p, m, rules, s);
+    if (!all->source->jsonl || json_record(&record, s, &p)) r = request_for(all, &p, m, rules, s);
     else {
         char *found = json_found(&record);
-        if (p.wrong) r = new_request(m, rules, s, p.text.data, p.text.size);
+        if (p.wrong) r = new_request(m, rules, s, p.text.data, p.text.size, NULL);
         else r = allocate(1, sizeof *r);
         r->error = format_string("no %s in JSON: at byte %td %s; found %s",
                                  p.wrong ? "continuation" : "prompt", record.at - record.start,
@@ -5120,7 +8907,7 @@ static Request *read_request(Prompts *all, Model *m, const PromptRules *rules, c
     return r;
 }
 
-// ---- 16. Results ----
+// ---- 19. Results ----
 // What becomes of requests, on standard output: the shape is chosen once. A text goes out whole or,
 // streamed, in whole characters; it is never edited, only escaped where a line or a terminal needs
 // it. A new form of output is a Shape, or a Form of room 2, and its cases here.
@@ -5160,8 +8947,10 @@ typedef struct {
 static Results results_of(Shape shape, bool null, bool echo, const Settings *s) {
     bool lines = shape == LINES || shape == OBJECTS;
     bool figures = shape == ROWS || shape == LABELS;
+    Form form = null ? BEFORE_A_NUL : lines ? IN_A_LINE : AS_IT_IS;
+    if (s->vocabulary && !s->pattern) form = JSON_ITSELF;
     return (Results){ .shape = shape, .end = null && !figures ? "" : "\n", .echo = echo,
-                      .form = null ? BEFORE_A_NUL : lines ? IN_A_LINE : AS_IT_IS,
+                      .form = form,
                       .returns = (int)s->returns, .settings = s };
 }
 
@@ -5312,7 +9101,7 @@ static void append_scores(Bytes *out, const Results *o, const Request *r) {
 // , "generated_text": [...], "finish_reason": [...] and so on.
 static void append_generated(Bytes *out, const Request *r, bool echo) {
     static const char *const reasons[] = {
-        [BY_EOS] = "eos", [BY_LENGTH] = "length", [BY_STOP] = "stop",
+        [BY_EOS] = "eos", [BY_LENGTH] = "length", [BY_STOP] = "stop", [BY_SCHEMA] = "schema",
     };
     const Continuation *c = r->continuations;
     append_string(out, ", \"generated_text\": [");
@@ -5328,6 +9117,12 @@ static void append_generated(Bytes *out, const Request *r, bool echo) {
     for (int i = 0; i < r->n_continuations; i++)
         append_format(out, "%s%d", i ? ", " : "", c[i].n);
     append_format(out, "], \"seed\": %llu", (unsigned long long)r->seed);
+    if (r->schema == NULL || r->schema->ignored == NULL || r->schema->ignored->n == 0) return;
+    append_string(out, ", \"unchecked\": [");
+    for (int i = 0; i < r->schema->unchecked.n; i++)
+        append_json(out, i ? ", " : "", r->schema->unchecked.texts[i].data,
+                    r->schema->unchecked.texts[i].size);
+    append_string(out, "]");
 }
 
 // One object: the members that came with a prompt of --jsonl, the prompt (null where a line held
@@ -5519,20 +9314,23 @@ static void show_interrupted(Results *o, Request *first) {
     }
 }
 
-// ---- 17. Commands ----
+// ---- 20. Commands ----
 // What the options ask for, one function each. They return the exit status.
 
-enum { MOST_STOPS = 64 };
+enum { MOST_GIVEN = 64 };
+
+// The values of an option that may be repeated.
+typedef struct { const char *texts[MOST_GIVEN]; int n; } Given;
 
 typedef struct {
     const char *model, *logits, *quantize, *out;
+    const char *schema, *regex;
     Source source;
     PromptRules rules;
     Settings settings;
-    const char *stops[MOST_STOPS];
-    int n_stops;
+    Given stops, ignored;
     bool no_echo, json, no_speculation, heat, no_colour, quiet, verbose;
-    bool score, tokenize, detokenize, info, verify, learn, help, version;     // commands
+    bool score, check, tokenize, detokenize, info, verify, learn, help, version;     // commands
     long threads;              // 0: as many as pay off
     long tokens;               // that --learn samples
 } Options;
@@ -5596,16 +9394,16 @@ static void show_figures(const Scheduler *s, double start, double end) {
                 f->tokens - 1, (double)(f->tokens - 1) / (end - f->first_token));
 }
 
-// The stop texts as bytes.
-static Texts stops_of(const Options *o) {
-    Texts stops = {0};
-    for (int i = 0; i < o->n_stops; i++) {
+// The values of a repeated option as bytes.
+static Texts texts_of(const Given *given, bool escaped) {
+    Texts texts = {0};
+    for (int i = 0; i < given->n; i++) {
         Bytes text = {0};
-        append_string(&text, o->stops[i]);
-        if (!o->source.no_escape) text.size = unescape(text.data, text.size);
-        add_text(&stops, text);
+        append_string(&text, given->texts[i]);
+        if (escaped) text.size = unescape(text.data, text.size);
+        add_text(&texts, text);
     }
-    return stops;
+    return texts;
 }
 
 // Runs all prompts and shows what became of them, in this shape.
@@ -5620,7 +9418,8 @@ static int run_all(Generation *g, Shape shape, const Kernels *kernels) {
         used = &guesses;
     }
     g->prompts = prompts_open(&o->source);
-    g->results = results_of(shape, o->source.null, !o->no_echo, &g->settings);
+    bool echo = !o->no_echo && g->settings.vocabulary == NULL;
+    g->results = results_of(shape, o->source.null, echo, &g->settings);
     g->results.tokenizer = &g->m->tokenizer;
     g->results.colour = shape == HEAT && !o->no_colour;
     g->results.verbose = o->verbose;
@@ -5640,12 +9439,54 @@ static int run_all(Generation *g, Shape shape, const Kernels *kernels) {
 
 static bool single(const Source *s) { return s->prompt || s->file; }
 
+// The schema or pattern that all texts must fit; ends the program with its refusals.
+static Schema *schema_for(const Options *o, const Model *m, const Vocabulary *v,
+                          const Texts *ignored) {
+    Schema *schema;
+    if (o->schema) {
+        Bytes text = read_file(o->schema);
+        schema = schema_of_text(v, ignored, text.data ? text.data : "", text.size);
+        free(text.data);
+    } else schema = schema_of_pattern(v, o->regex);
+    const char *name = o->schema ? o->schema : "--regex";
+    for (int i = 0; i < schema->refusals.n; i++)
+        message("%s: %s", name, schema->refusals.texts[i].data);
+    if (schema->refusals.n && o->schema)
+        usage_error("%s is refused; --schema-ignore WORD leaves a keyword out, by the name it has "
+                    "above", name);
+    if (schema->refusals.n) usage_error("the pattern is refused");
+    if (schema->least_tokens >= (uint32_t)m->c.context)
+        usage_error("%s needs at least %u new tokens, the context of %d holds %d behind a prompt",
+                    name, schema->least_tokens, m->c.context, m->c.context - 1);
+    return schema;
+}
+
+// What a run's texts must fit, into its settings. Returns the vocabulary to be closed in the end;
+// NULL: they are free.
+static Vocabulary *constrain(const Options *o, Model *m, Settings *s) {
+    if (!o->schema && !o->regex && !s->schema_member) return NULL;
+    Vocabulary *v = vocabulary_open(&m->tokenizer);
+    s->vocabulary = v;
+    s->pattern = o->regex != NULL;
+    s->ignored = texts_of(&o->ignored, false);
+    if (s->schema_member) return v;
+    s->schema = schema_for(o, m, v, &s->ignored);
+    if (o->rules.new_tokens < s->schema->least_tokens)
+        usage_error("-n %ld is too few: %s needs at least %u new tokens", o->rules.new_tokens,
+                    o->schema ? o->schema : "the pattern", s->schema->least_tokens);
+    return v;
+}
+
 static int generate(const Options *o, Model *m, const Kernels *kernels) {
     Shape texts = single(&o->source) && o->settings.returns == 1 ? STREAM : LINES;
     Generation g = { .o = o, .m = m, .settings = o->settings, .rules = o->rules };
-    g.settings.stops = stops_of(o);
+    g.settings.stops = texts_of(&o->stops, !o->source.no_escape);
+    Vocabulary *vocabulary = constrain(o, m, &g.settings);
     int status = run_all(&g, o->json ? OBJECTS : texts, kernels);
     free_texts(&g.settings.stops);
+    free_texts(&g.settings.ignored);
+    schema_free(g.settings.schema);
+    vocabulary_close(vocabulary);
     return status;
 }
 
@@ -5663,6 +9504,38 @@ static int score(const Options *o, Model *m, const Kernels *kernels) {
                     o->rules.stride, m->c.context - 1);
     g.settings.scores = true;
     return run_all(&g, o->json ? OBJECTS : figures, kernels);
+}
+
+// --check: the least -n, or each line of standard input judged by what would generate it.
+static int check(const Options *o, Model *m, const Kernels *kernels) {
+    (void)kernels;
+    Vocabulary *v = vocabulary_open(&m->tokenizer);
+    Texts ignored = texts_of(&o->ignored, false);
+    Schema *schema = schema_for(o, m, v, &ignored);
+    Records in = { .fd = STDIN_FILENO, .name = "standard input", .delimiter = '\n' };
+    int status = OK;
+    bool any = false;
+    char *text;
+    size_t n;
+    while (!isatty(STDIN_FILENO) && !interrupted && next_record(&in, true, &text, &n) == 1) {
+        Bytes out = {0};
+        any = true;
+        if (!append_verdict(&out, schema, text, n)) status = SOME_FAILED;
+        append_string(&out, "\n");
+        print(&out);
+    }
+    for (int i = 0; !any && i < schema->unchecked.n; i++)
+        message("not enforced: %s", schema->unchecked.texts[i].data);
+    if (!any && !interrupted) {
+        Bytes out = {0};
+        append_format(&out, "least -n %u\n", schema->least_tokens);
+        print(&out);
+    }
+    free(in.buffer.data);
+    schema_free(schema);
+    free_texts(&ignored);
+    vocabulary_close(v);
+    return interrupted ? interrupted : status;
 }
 
 // Ids as digits and spaces, by hand and into one buffer: printf, or an allocation for each line,
@@ -5929,7 +9802,7 @@ static Request *next_opening(void *arg, bool wait, bool *ended) {
     if (*ended || l->learnt + (l->begun - l->delivered) * each >= l->tokens) return NULL;
     const char *opening = openings[l->begun % OPENINGS];
     rules.seed = (long)((l->seed + (uint64_t)(l->begun++ / OPENINGS)) & MOST_SEED);
-    Request *r = new_request(l->m, &rules, &l->o->settings, opening, strlen(opening));
+    Request *r = new_request(l->m, &rules, &l->o->settings, opening, strlen(opening), NULL);
     if (r->error) die("%s: nothing can be sampled to learn from: %s", l->m->path, r->error);
     for (int i = 0; i < r->n; i++) push(&r->tail, r->ids[i]);
     return r;
@@ -6349,12 +10222,12 @@ static int quantize_model(const Options *o, Model *m, const Kernels *kernels) {
     return interrupted;
 }
 
-// ---- 18. Options ----
+// ---- 21. Options ----
 // One table: the parser, the rules of what goes with what, --help and the README's table (a test
 // compares them) come from it. A number is parsed whole and held to its range; none is changed in
 // silence. The environment is read here and nowhere else.
 
-typedef enum { FLAG, TEXT, STOP_TEXT, CHOICE, WHOLE, REAL, SIZE } Kind;
+typedef enum { FLAG, TEXT, REPEATED_TEXT, CHOICE, WHOLE, REAL, SIZE } Kind;
 
 typedef int Command(const Options *o, Model *m, const Kernels *kernels);
 
@@ -6380,6 +10253,9 @@ static Options options = {
     .settings = { .returns = 1, .logprobs = -1,
                   .sampling = { .temperature = 0.3, .top_k = 50, .top_p = 1, .penalty = 1 } },
 };
+
+// What has no meaning where a schema constrains the texts.
+#define FREE_TEXT "stop score logits ignore-eos tokenize detokenize learn quantize info verify"
 
 static const Option option_table[] = {
     { 'm', "model", "FILE", TEXT, &options.model,
@@ -6414,7 +10290,8 @@ static const Option option_table[] = {
       .help = "continuations of each prompt (1)", .least = 1, .most = INT_MAX },
     { 's', "seed", "S", WHOLE, &options.rules.seed,
       .help = "0 to 2^53 - 1, fixes every draw (the system's)", .most = MOST_SEED },
-    { 0, "stop", "TEXT", STOP_TEXT, NULL, .help = "end before TEXT; may be repeated" },
+    { 0, "stop", "TEXT", REPEATED_TEXT, &options.stops,
+      .help = "end before TEXT; may be repeated" },
     { 0, "ignore-eos", NULL, FLAG, &options.settings.ignore_eos, .help = "go on past <|end|>" },
     { 0, "no-echo", NULL, FLAG, &options.no_echo,
       .help = "print the continuation without the prompt" },
@@ -6450,6 +10327,21 @@ static const Option option_table[] = {
     { 0, "heat", NULL, FLAG, &options.heat,
       .help = "with --score: the text, shaded by its surprise", .needs = "score",
       .excludes = "json jsonl null", .why = "it shows one text in colours" },
+    { 0, "schema", "FILE", TEXT, &options.schema,
+      .help = "texts are JSON that fits this JSON Schema",
+      .excludes = "regex schema-member " FREE_TEXT, .why = "the schema says where a text ends" },
+    { 0, "regex", "PATTERN", TEXT, &options.regex,
+      .help = "texts match PATTERN from end to end",
+      .excludes = "schema-member " FREE_TEXT, .why = "the pattern says where a text ends" },
+    { 0, "schema-member", "NAME", TEXT, &options.settings.schema_member,
+      .help = "of records: the member that is its schema", .needs = "jsonl",
+      .excludes = FREE_TEXT, .why = "the schema says where a text ends" },
+    { 0, "schema-ignore", "WORD", REPEATED_TEXT, &options.ignored,
+      .help = "do not enforce this keyword if unsupported", .needs = "schema schema-member" },
+    { 0, "check", NULL, FLAG, &options.check,
+      .help = "say the least -n, or judge lines of stdin", .command = check,
+      .needs = "schema regex", .excludes = "prompt file null jsonl json",
+      .why = "it judges lines of standard input" },
     { 0, "tokenize", NULL, FLAG, &options.tokenize, .help = "print each prompt's token ids",
       .command = tokenize },
     { 0, "detokenize", NULL, FLAG, &options.detokenize,
@@ -6565,11 +10457,11 @@ static void parse_choice(const Option *o, const char *text) {
     *(const char **)o->address = text;
 }
 
-static void add_stop(const Option *o, const char *text) {
-    if (options.n_stops == MOST_STOPS)
-        usage_error("%s: more than %d stop texts", title_of(o).text, MOST_STOPS);
+static void add_given(const Option *o, const char *text) {
+    Given *all = o->address;
+    if (all->n == MOST_GIVEN) usage_error("%s: more than %d of them", title_of(o).text, MOST_GIVEN);
     if (*text == 0) usage_error("%s: the text is empty", title_of(o).text);
-    options.stops[options.n_stops++] = text;
+    all->texts[all->n++] = text;
 }
 
 static void set_option(const Option *o, const char *value) {
@@ -6582,7 +10474,7 @@ static void set_option(const Option *o, const char *value) {
     case FLAG: *(bool *)o->address = true; break;
     case SIZE: parse_size(o, value); break;
     case WHOLE: case REAL: parse_number(o, value); break;
-    case STOP_TEXT: add_stop(o, value); break;
+    case REPEATED_TEXT: add_given(o, value); break;
     case CHOICE: parse_choice(o, value); break;
     case TEXT:
         if (o->address != &options.source.prompt && *value == 0)
@@ -6689,7 +10581,7 @@ static void parse_options(int argc, char **argv) {
     options.no_colour = no_color && *no_color;
     options.verbose &= !options.quiet;
     bool prompts = !options.info && !options.verify && !options.learn && !options.quantize &&
-                   !options.help && !options.version;
+                   !options.check && !options.help && !options.version;
     if (prompts && !options.source.prompt && !options.source.file && isatty(STDIN_FILENO)) {
         message("usage: kl3m -p TEXT | -f FILE | < PROMPTS, a prompt a line; kl3m --help lists the "
                 "options");
@@ -6839,7 +10731,7 @@ static long usual_kv_memory(void) {
     return (long)(memory / 4);
 }
 
-// ---- 19. Main ----
+// ---- 22. Main ----
 
 // Was the model that is mapped changed in place?
 static bool model_was_changed(void) {

@@ -210,15 +210,21 @@ size_t utf8_unfinished(const char *text, size_t n) {
     return 0;
 }
 
-// The class of a code point: the last run that begins at or before it, by binary search.
-static uint8_t class_of_code(uint32_t code) {
-    size_t low = 0, high = sizeof unicode_runs / sizeof *unicode_runs;
+// The class of a code point: that of the last run that begins at or before it, by binary search.
+int unicode_class(uint32_t code, uint32_t *next) {
+    size_t low = 0, runs = sizeof unicode_runs / sizeof *unicode_runs, high = runs;
     while (high - low > 1) {
         size_t middle = (low + high) / 2;
         if (unicode_runs[middle] >> 2 <= code) low = middle;
         else high = middle;
     }
+    *next = high < runs ? unicode_runs[high] >> 2 : 0x110000;
     return unicode_runs[low] & 3;
+}
+
+static uint8_t class_of_code(uint32_t code) {
+    uint32_t next;
+    return (uint8_t)unicode_class(code, &next);
 }
 
 // The class and *length of the character at s[0 .. n), n > 0. A byte that is not UTF-8 is OTHER.

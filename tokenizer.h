@@ -82,6 +82,10 @@ uint32_t tokenizer_find_added(const Tokenizer *t, const char *content);
 // *code.
 size_t utf8_char(const char *text, size_t n, uint32_t *code);
 
+// What the pattern tells apart: 0 others, 1 letters, 2 numbers, 3 white space. *next is the first
+// code point behind this one where a run of another class begins.
+int unicode_class(uint32_t code, uint32_t *next);
+
 // How many bytes at the end of text[0 .. n) are the beginning of a character whose rest may still
 // come: 0 to 3. A stream of tokens is shown up to there and no further.
 size_t utf8_unfinished(const char *text, size_t n);

@@ -692,7 +692,8 @@ static Request *next_line(void *arg, bool wait, bool *ended) {
     if (*ended) return NULL;
     const ReplayLine *l = &p->lines[p->next++];
     PromptRules rules = { .no_special = options.rules.no_special, .new_tokens = l->n };
-    Request *r = new_request(p->m, &rules, &p->settings, l->prompt, l->prompt_size);
+    Request *r = new_request(p->m, &rules, &p->settings, l->prompt, l->prompt_size,
+                             NULL);
     if (!r->error && r->limit < l->n)
         r->error = format_string("the prompt and its text have %d tokens, the context holds %d; "
                                  "shorten them", r->n + l->n, p->m->c.context);
@@ -845,7 +846,7 @@ static Request *next_of_file(void *arg, bool wait, bool *ended) {
     PromptRules rules = { .new_tokens = asked.new_tokens, .seed = 1 };
     char *text = format_string("%s%ld. %s", openings[i % OPENINGS], i,
                                openings[i / OPENINGS % OPENINGS]);
-    Request *r = new_request(f->m, &rules, &f->settings, text, strlen(text));
+    Request *r = new_request(f->m, &rules, &f->settings, text, strlen(text), NULL);
     free(text);
     if (r->error) die("%s", r->error);
     return r;

@@ -4332,12 +4332,10 @@ typedef struct { const int *steps; int n; } StateSet;
 // Many state sets, each found by its contents.
 typedef struct {
     Arena *arena;
-    StateSet *sets;                // [n], room for MOST_STATES
-    uint32_t *slots;               // [SLOTS]: n + 1; 0: empty
-    uint32_t n;
+    StateSet *sets;                // [n], room for half the slots
+    uint32_t *slots;               // [n_slots], a power of two: n + 1; 0: empty
+    uint32_t n, n_slots;
 } StateSets;
-
-enum { SLOTS = 2 * MOST_STATES };
 
 static uint32_t hash_ints(const int *numbers, int n) {
     uint64_t h = 14695981039346656037u;
@@ -4345,26 +4343,37 @@ static uint32_t hash_ints(const int *numbers, int n) {
     return (uint32_t)(h >> 32 ^ h);
 }
 
-static StateSets state_sets(Arena *arena) {
-    StateSets s = { .arena = arena, .sets = take(arena, MOST_STATES * sizeof *s.sets),
-                    .slots = take(arena, SLOTS * sizeof *s.slots) };
-    memset(s.slots, 0, SLOTS * sizeof *s.slots);
-    return s;
+// The slot of a set, or an empty one.
+static uint32_t *slot_of_set(const StateSets *s, const int *steps, int n) {
+    for (uint32_t slot = hash_ints(steps, n);; slot++) {
+        uint32_t *at = &s->slots[slot & (s->n_slots - 1)];
+        if (*at == 0) return at;
+        const StateSet *found = &s->sets[*at - 1];
+        if (found->n == n && memcmp(found->steps, steps, (size_t)n * sizeof *steps) == 0)
+            return at;
+    }
 }
 
-// The number of a set, which is new if it was not there. NO_STATE: there is no room for it.
+// Twice the room, or some to begin with.
+static void grow_sets(StateSets *s) {
+    enum { FIRST_SLOTS = 256 };
+    s->n_slots = s->n_slots ? 2 * s->n_slots : FIRST_SLOTS;
+    StateSet *sets = take(s->arena, s->n_slots / 2 * sizeof *sets);
+    if (s->n) memcpy(sets, s->sets, s->n * sizeof *sets);
+    s->sets = sets;
+    s->slots = take(s->arena, s->n_slots * sizeof *s->slots);
+    memset(s->slots, 0, s->n_slots * sizeof *s->slots);
+    for (uint32_t i = 0; i < s->n; i++) *slot_of_set(s, sets[i].steps, sets[i].n) = i + 1;
+}
+
+// The number of a set, which is new if it was not there. NO_STATE: there are too many.
 static uint32_t find_set(StateSets *s, const int *steps, int n) {
-    uint32_t slot = hash_ints(steps, n) % SLOTS;
-    for (; s->slots[slot]; slot = (slot + 1) % SLOTS) {
-        const StateSet *found = &s->sets[s->slots[slot] - 1];
-        if (found->n == n && memcmp(found->steps, steps, (size_t)n * sizeof *steps) == 0)
-            return s->slots[slot] - 1;
-    }
+    if (2 * s->n == s->n_slots) grow_sets(s);
+    uint32_t *slot = slot_of_set(s, steps, n);
+    if (*slot) return *slot - 1;
     if (s->n == MOST_STATES) return NO_STATE;
-    int *copy = take(s->arena, (size_t)n * sizeof *copy + 1);
-    if (n) memcpy(copy, steps, (size_t)n * sizeof *copy);
-    s->sets[s->n] = (StateSet){ copy, n };
-    s->slots[slot] = ++s->n;
+    s->sets[s->n] = (StateSet){ take_copy(s->arena, steps, (size_t)n * sizeof *steps), n };
+    *slot = ++s->n;
     return s->n - 1;
 }
 
@@ -4405,17 +4414,22 @@ static uint64_t *find_classes(const Steps *s, Automaton *a) {
     return holds;
 }
 
-// All that can be reached from `from` for nothing; of it the steps that matter, sorted, to out[].
-// marks[] is 0 everywhere before and after.
-typedef struct { const Steps *s; uint8_t *marks; int *stack; } Closure;
+// What can be reached for nothing: the steps met so far.
+typedef struct {
+    const Steps *s;
+    bool *met;                     // [steps]
+    int *list, *stack;             // [n] those met; room for each step, and twice as much
+    int n;
+} Closure;
 
-static void close_over(const Closure *c, int from, bool at_start, bool at_end) {
+static void close_over(Closure *c, int from, bool at_start, bool at_end) {
     int n = 0;
     c->stack[n++] = from;
     while (n > 0) {
         int i = c->stack[--n];
-        if (c->marks[i]) continue;
-        c->marks[i] = 1;
+        if (c->met[i]) continue;
+        c->met[i] = true;
+        c->list[c->n++] = i;
         const Step *step = &c->s->steps[i];
         bool on = step->kind == SPLITS || (step->kind == AT_BEGIN_ONLY && at_start) ||
                   (step->kind == AT_END_ONLY && at_end);
@@ -4424,28 +4438,32 @@ static void close_over(const Closure *c, int from, bool at_start, bool at_end) {
     }
 }
 
-static int collect_marks(const Closure *c, int *out) {
-    int n = 0;
-    for (int i = 0; i < c->s->n; i++) {
-        int kind = c->s->steps[i].kind;
-        if (c->marks[i] && (kind == EATS || kind == ENDS || kind == AT_END_ONLY)) out[n++] = i;
-        c->marks[i] = 0;
+static int by_step(const void *a, const void *b) { return *(const int *)a - *(const int *)b; }
+
+// Of the steps met those that matter, sorted, at the list's beginning; returns how many. The next
+// closure begins anew.
+static int take_met(Closure *c) {
+    int kept = 0;
+    for (int i = 0; i < c->n; i++) {
+        int kind = c->s->steps[c->list[i]].kind;
+        c->met[c->list[i]] = false;
+        if (kind == EATS || kind == ENDS || kind == AT_END_ONLY) c->list[kept++] = c->list[i];
     }
-    return n;
+    c->n = 0;
+    if (kept > 1) qsort(c->list, (size_t)kept, sizeof *c->list, by_step);
+    return kept;
 }
 
 // May the text end here? `set` has been closed over, but not over its end.
-static bool set_accepts(const Closure *c, const StateSet *set) {
+static bool set_accepts(Closure *c, const StateSet *set) {
     bool accepts = false;
     for (int i = 0; i < set->n; i++) {
         accepts |= c->s->steps[set->steps[i]].kind == ENDS;
         if (c->s->steps[set->steps[i]].kind == AT_END_ONLY)
             close_over(c, set->steps[i], false, true);
     }
-    for (int i = 0; i < c->s->n; i++) {
-        accepts |= c->marks[i] && c->s->steps[i].kind == ENDS;
-        c->marks[i] = 0;
-    }
+    int n = take_met(c);
+    for (int i = 0; i < n; i++) accepts |= c->s->steps[c->list[i]].kind == ENDS;
     return accepts;
 }
 
@@ -4537,12 +4555,14 @@ static const char *find_states(Steps *s, int entry, Automaton *a) {
     size_t words = ((size_t)s->n_sets + 63) / 64 + 1;
     uint32_t room = 0;
     weigh_classes(s->arena, a);
-    Closure c = { s, take(s->arena, (size_t)s->n), take(s->arena, 2 * MOST_NFA * sizeof(int)) };
-    int *reached = take(s->arena, (size_t)s->n * sizeof *reached);
-    memset(c.marks, 0, (size_t)s->n);
-    StateSets sets = state_sets(s->arena);
+    size_t n = (size_t)s->n;
+    Closure c = { s, take(s->arena, n), take(s->arena, n * sizeof(int)),
+                  take(s->arena, (2 * n + 1) * sizeof(int)), 0 };
+    memset(c.met, 0, n);
+    StateSets sets = { .arena = s->arena };
     close_over(&c, entry, true, false);
-    find_set(&sets, reached, collect_marks(&c, reached));
+    int first = take_met(&c);
+    find_set(&sets, c.list, first);
     a->accepts = take(s->arena, MOST_STATES * sizeof *a->accepts);
     for (uint32_t state = 0; state < sets.n; state++) {
         grow_states(s->arena, a, state, &room);
@@ -4560,7 +4580,8 @@ static const char *find_states(Steps *s, int entry, Automaton *a) {
             uint32_t *next = &a->next[state * a->classes + class];
             *next = NO_STATE;
             if (!any) continue;
-            *next = find_set(&sets, reached, collect_marks(&c, reached));
+            int reached = take_met(&c);
+            *next = find_set(&sets, c.list, reached);
             if (*next == NO_STATE) return "its automaton has more than 32768 states";
         }
     }
@@ -4625,7 +4646,7 @@ static uint32_t *pair_classes(Arena *arena, const Automaton *x, const Automaton 
 
 static const char *find_pairs(Arena *arena, const Automaton *x, const Automaton *y, Automaton *a) {
     const uint32_t *pairs = pair_classes(arena, x, y, a);
-    StateSets sets = state_sets(arena);
+    StateSets sets = { .arena = arena };
     find_set(&sets, (int[]){ 0, 0 }, 2);
     a->accepts = take(arena, MOST_STATES * sizeof *a->accepts);
     for (uint32_t state = 0, room = 0; state < sets.n; state++) {
@@ -5081,7 +5102,7 @@ struct Value {
 
 enum {
     MOST_VALUES = 10000, MOST_ATOMS = 256, MOST_EXPANSIONS = 10000, MOST_LISTED = 1 << 16,
-    MOST_WORDS = 1 << 16, USUAL_DIGITS = 15, MOST_WHOLE = 18,
+    MOST_WORDS = 1 << 16, USUAL_DIGITS = 15, MOST_WHOLE = 18, MOST_FORMATS = 16,
 };
 
 // What is being compiled, and what came of it.
@@ -5098,6 +5119,7 @@ typedef struct {
     const Value *value;            // of the whole text
     uint32_t least_tokens, deepest;
     const Automaton *any;          // of all texts
+    const Automaton *formats[MOST_FORMATS];    // those that were asked for
     long number;                   // of all that are made, from 1
     bool empty;                    // only the empty text fits
     int users;                     // requests that hold it
@@ -5234,6 +5256,7 @@ static const struct { const char *name, *pattern; uint32_t most; } text_formats[
 };
 
 enum { TEXT_FORMATS = sizeof text_formats / sizeof *text_formats };
+_Static_assert((int)TEXT_FORMATS <= (int)MOST_FORMATS, "Schema has a place for each");
 
 // The format that an item names, or TEXT_FORMATS.
 static int format_named(Item *item) {
@@ -5278,9 +5301,11 @@ static void check_pattern(Schema *c, Item *item, const char *pattern, size_t n, 
         refuse(c, at, item == at ? "pattern" : "patternProperties", flaw);
 }
 
-static const Automaton *format_automaton(Arena *arena, int format) {
+static const Automaton *format_automaton(Schema *c, int format) {
     const char *flaw, *pattern = text_formats[format].pattern;
-    return automaton_of(arena, pattern, strlen(pattern), true, &flaw);
+    if (c->formats[format] == NULL)
+        c->formats[format] = automaton_of(&c->arena, pattern, strlen(pattern), true, &flaw);
+    return c->formats[format];
 }
 
 static void check_format(Schema *c, Item *m) {
@@ -5290,7 +5315,7 @@ static void check_format(Schema *c, Item *m) {
     };
     int i = format_named(m);
     if (i < TEXT_FORMATS)
-        m->automaton = format_automaton(&c->arena, i);
+        m->automaton = format_automaton(c, i);
     for (size_t k = 0; k < sizeof others / sizeof *others; k++)
         if (says(m, others[k])) refuse(c, m, "format", "this format is not supported");
 }
@@ -7307,33 +7332,95 @@ static const uint64_t *inside_tokens(Masker *k, long schema, const Language *l, 
     return new->bits;
 }
 
-// The tokens that may follow when `left` of them may still be drawn, into k->allowed.
-static void find_allowed(Masker *k, const Schema *c, const Frame *f, uint32_t left) {
-    enum { PART_OF_A_NAME = 16 };  // bytes that end any character and make any name a free one
-    Walk w = { c, k->vocabulary, &k->arena };
-    const Position *p = &f->at[0];
-    const Language *l = NULL;
-    memset(k->allowed, 0, k->words * sizeof *k->allowed);
-    if (left == 0) return;
-    if (f->n == 1 && p->phase == IN_STRING) l = &p->atom->language;
-    if (f->n == 1 && p->phase == IN_FREE_NAME && p->atom->members.any_name)
-        l = &p->atom->members.names;
-    if (l == NULL) {
-        walk_trie(k, &w, &k->vocabulary->all, f, left - 1);
-        return;
+// The state behind a token; NULL: it may not follow.
+static const Frame *step_token(const Walk *w, const Frame *f, uint32_t token) {
+    size_t n;
+    const char *text = tokenizer_text(w->vocabulary->tokenizer, token, &n);
+    for (size_t i = 0; i < n && f; i++) f = step(w, f, (uint8_t)text[i]);
+    return n ? f : NULL;
+}
+
+// The tokens that go on with a free name so that it begins like one that is taken are looked at one
+// by one: something must be left to be written behind them. text[0 .. n) is the taken name's end.
+static void check_taken(Masker *k, const Walk *w, const Frame *f, const char *text, size_t n,
+                        uint32_t most) {
+    const Trie *t = &k->vocabulary->all;
+    uint32_t node = n ? t->roots[(uint8_t)text[0]] : t->n;
+    for (size_t i = 1; node < t->n; i++) {
+        uint32_t token = t->nodes[node].token;
+        if (token != TOKENIZER_NONE) {
+            Mark mark = arena_mark(&k->arena);
+            const Frame *next = step_token(w, f, token);
+            k->allowed[token / 64] &= ~(1ull << token % 64);
+            if (next && frame_left(&k->arena, k->vocabulary, next) <= most)
+                set_bit(k->allowed, token);
+            arena_reset(&k->arena, mark);
+        }
+        node = i < n ? trie_child(t, node, (uint8_t)text[i]) : t->n;
     }
+}
+
+// The same for all names that are taken and begin with what there is of this one.
+static void check_all_taken(Masker *k, const Walk *w, const Frame *f, uint32_t most) {
+    const Position *p = &f->at[0];
+    const Members *m = &p->atom->members;
+    uint32_t begun = p->name ? p->name->length : 0;
+    for (const Word *name = m->taken; name < m->taken + m->n_taken; name++)
+        if (letters_begin(p->name, name, false))
+            check_taken(k, w, f, name->text + begun, name->length - begun, most);
+    for (const Used *u = p->used; u; u = u->before) {
+        const Letter *at = u->name;
+        Bytes rest = {0};
+        for (; at && at->length > begun; at = at->before) append(&rest, &at->byte, 1);
+        for (size_t i = 0; i < rest.size / 2; i++) {       // the last one came first
+            char last = rest.data[rest.size - 1 - i];
+            rest.data[rest.size - 1 - i] = rest.data[i], rest.data[i] = last;
+        }
+        if (same_letters(at, p->name)) check_taken(k, w, f, rest.data, rest.size, most);
+        free(rest.data);
+    }
+}
+
+// The tokens that stay in a string or a free name, by its automaton alone.
+static void find_inside(Masker *k, const Walk *w, const Frame *f, const Position *p,
+                        uint32_t left) {
+    enum { PART_OF_A_NAME = 16 };  // bytes that end any character and make any name a free one
+    bool name = p->phase == IN_FREE_NAME;
+    const Language *l = name ? &p->atom->members.names : &p->atom->language;
     uint32_t most_chars = plus(plus(p->reader.count, k->vocabulary->most_bytes), l->worst.chars);
     uint32_t needed = position_left(&k->arena, k->vocabulary, p, f->depth);
+    uint32_t own = name ? name_left(&k->arena, p, BEYOND) : reader_left(l, &p->reader);
     bool roomy = p->reader.part == BETWEEN && most_chars <= l->most &&
                  plus(plus(needed, l->worst.bytes), PART_OF_A_NAME) < left;
     if (roomy) {
-        const uint64_t *inside = inside_tokens(k, c->number, l, p->reader.state);
+        const uint64_t *inside = inside_tokens(k, w->schema->number, l, p->reader.state);
         for (size_t i = 0; i < k->words; i++) k->allowed[i] |= inside[i];
-    } else if (p->phase == IN_STRING) {
-        uint32_t rest = p->rest[p->atom->quoted];
-        if (rest < left) walk_language(k, l, &p->reader, left - 1 - rest, k->allowed);
-    } else walk_trie(k, &w, &k->vocabulary->all, f, left - 1);
-    if (l->json) walk_trie(k, &w, &k->vocabulary->quotes, f, left - 1);
+    } else if (needed - own < left)
+        walk_language(k, l, &p->reader, left - 1 - (needed - own), k->allowed);
+    if (!name || (roomy && p->atom->members.any_name)) return;
+    Frame *alone = new_frame(w, f->below, 1);
+    alone->at[alone->n++] = *p;
+    check_all_taken(k, w, alone, left - 1);
+}
+
+// The tokens that may follow when `left` of them may still be drawn, into k->allowed. Positions do
+// not know of each other, so each kind of them is asked in its own way.
+static void find_allowed(Masker *k, const Schema *c, const Frame *f, uint32_t left) {
+    Walk w = { c, k->vocabulary, &k->arena };
+    Frame *others = new_frame(&w, f->below, f->n);
+    bool quotes = false;
+    memset(k->allowed, 0, k->words * sizeof *k->allowed);
+    for (int i = 0; i < f->n && left > 0; i++) {
+        const Position *p = &f->at[i];
+        bool inside = p->phase == IN_STRING || p->phase == IN_FREE_NAME;
+        if (inside) find_inside(k, &w, f, p, left);
+        else others->at[others->n++] = *p;
+        quotes |= inside && (p->phase == IN_FREE_NAME || p->atom->quoted);
+    }
+    others->depth = f->depth;
+    if (others->n > 0) walk_trie(k, &w, &k->vocabulary->all, others, left - 1);
+    if (quotes) walk_trie(k, &w, &k->vocabulary->quotes, f, left - 1);
+    arena_free(&k->arena);
 }
 
 typedef struct {
@@ -7388,14 +7475,6 @@ static void constraint_begin(Constraint *c, const Schema *schema) {
 static void constraint_close(Constraint *c) {
     arena_free(&c->arena);
     *c = (Constraint){0};
-}
-
-// The state behind a token; NULL: it may not follow.
-static const Frame *step_token(const Walk *w, const Frame *f, uint32_t token) {
-    size_t n;
-    const char *text = tokenizer_text(w->vocabulary->tokenizer, token, &n);
-    for (size_t i = 0; i < n && f; i++) f = step(w, f, (uint8_t)text[i]);
-    return n ? f : NULL;
 }
 
 // A token that may follow has been drawn. What its text was is forgotten now and then.

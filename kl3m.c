@@ -4990,6 +4990,7 @@ static bool decimal_of(Item *item, Decimal *d) {
 
 static bool same_item(Item *a, Item *b) {
     Decimal x, y;
+    if (a == b) return true;
     if (a->kind != b->kind) return false;
     switch (a->kind) {
     case IS_NUMBER:
@@ -5273,15 +5274,16 @@ static void check_later(Schema *c, Item *item) {
 
 // How a keyword's value must be, and what becomes of it.
 typedef enum {
-    REFUSED, REFUSED_IF_TRUE, A_SCHEMA, SCHEMAS, SCHEMA_OR_LIST, NAMED_SCHEMAS, A_COUNT, A_NUMBER,
+    REFUSED, REFUSED_IF_NOT_EMPTY, REFUSED_IF_TRUE, A_SCHEMA, SCHEMAS, SCHEMA_OR_LIST, NAMED_SCHEMAS, A_COUNT, A_NUMBER,
     A_BOUND, NAMES, A_REFERENCE, A_PATTERN, A_FORMAT, TYPE_NAMES, SOME_VALUES, A_FACTOR,
 } Rule;
 
 static const struct { const char *name; Rule rule; } keywords[] = {
-    { "not", REFUSED }, { "if", REFUSED }, { "dependencies", REFUSED },
-    { "dependentRequired", REFUSED }, { "dependentSchemas", REFUSED },
-    { "uniqueItems", REFUSED_IF_TRUE }, { "propertyNames", REFUSED }, { "contains", REFUSED },
-    { "unevaluatedItems", REFUSED }, { "unevaluatedProperties", REFUSED },
+    { "not", REFUSED }, { "if", REFUSED }, { "contains", REFUSED },
+    { "dependencies", REFUSED_IF_NOT_EMPTY }, { "dependentRequired", REFUSED_IF_NOT_EMPTY },
+    { "dependentSchemas", REFUSED_IF_NOT_EMPTY }, { "propertyNames", REFUSED_IF_NOT_EMPTY },
+    { "unevaluatedItems", REFUSED_IF_NOT_EMPTY },
+    { "unevaluatedProperties", REFUSED_IF_NOT_EMPTY }, { "uniqueItems", REFUSED_IF_TRUE },
     { "$dynamicRef", REFUSED }, { "$recursiveRef", REFUSED },
     { "additionalProperties", A_SCHEMA }, { "additionalItems", A_SCHEMA },
     { "items", SCHEMA_OR_LIST }, { "prefixItems", SCHEMAS }, { "allOf", SCHEMAS },
@@ -5375,7 +5377,10 @@ static void check_value(Schema *c, Item *m, Rule rule) {
     case REFUSED:
         if (is_text(m->name, m->name_length, "if") && !member_of(m->parent, "then") &&
             !member_of(m->parent, "else")) break;
-        if (m->kind != IS_OBJECT || m->n || *m->name == 'n' || *m->name == 'c')
+        refuse(c, m, m->name, "not supported");
+        break;
+    case REFUSED_IF_NOT_EMPTY:                 // as a schema or a list of rules it says nothing
+        if (m->kind != IS_TRUE && !(m->kind == IS_OBJECT && m->n == 0))
             refuse(c, m, m->name, "not supported");
         break;
     case REFUSED_IF_TRUE:
@@ -6041,11 +6046,11 @@ static uint32_t count_names(Arena *arena, const Language *l, uint32_t most, uint
 
 // Where an object must have members, free names are counted, so that there are always enough.
 static bool count_free_names(Schema *c, Members *m) {
-    uint32_t most = m->least + m->n_taken + 1, found;
+    uint32_t most = m->least + m->n_taken, found;
     if (m->least == 0 || m->free == NULL) return true;
     found = count_names(&c->arena, &m->names, most, &m->name_bytes);
-    if (found < m->least + m->n_taken) m->name_bytes = 0;
-    return found >= m->least + m->n_taken;
+    if (found < most) m->name_bytes = 0;
+    return found >= most;
 }
 
 static void add_object(Schema *c, Value *v, Entries flat) {
@@ -7226,7 +7231,8 @@ static bool append_verdict(Bytes *out, const Schema *c, const char *text, size_t
         else append_format(out, "%s%s was expected", expected > 1 ? "one of " : "", list.data);
         append_string(out, "; found ");
         size_t length = n - j.at < SHOWN ? n - j.at : SHOWN;
-        if (length) append_text(out, text + j.at, length, IN_A_LINE);
+        if (length < n - j.at) length -= utf8_unfinished(text + j.at, length);
+        if (j.at < n) append_text(out, text + j.at, length ? length : 1, IN_JSON);
         else append_string(out, "the end");
         const char *ours = decision(&j, text, n);
         if (ours) append_format(out, " (a decision of kl3m: %s)", ours);
@@ -10556,7 +10562,7 @@ static void set_option(const Option *o, const char *value) {
     case REPEATED_TEXT: add_given(o, value); break;
     case CHOICE: parse_choice(o, value); break;
     case TEXT:
-        if (o->address != &options.source.prompt && *value == 0)
+        if (o->address != &options.source.prompt && o->address != &options.regex && *value == 0)
             usage_error("%s: the name is empty", title_of(o).text);
         *(const char **)o->address = value;
     }

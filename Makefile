@@ -8,6 +8,7 @@ PYTHON = python3
 PREFIX = /usr/local
 OUT = kl3m
 BENCH = tests/bench/bench
+BENCH_SOURCE = tests/bench/bench.c
 HUB = alea-institute/kl3m-002-170m
 MODEL = kl3m-002-170m.bin
 
@@ -42,8 +43,8 @@ $(MODEL): $(OUT)
 test: $(OUT)
 	$(PYTHON) tests/run.py
 
-$(BENCH): tests/bench/bench.c kl3m.c tokenizer.c tokenizer.h
-	$(CC) $(WARNINGS) -Wno-unused-function $(CFLAGS) $(NEEDED) -o $@ tests/bench/bench.c tokenizer.c \
+$(BENCH): $(BENCH_SOURCE) kl3m.c tokenizer.c tokenizer.h
+	$(CC) $(WARNINGS) -Wno-unused-function $(CFLAGS) $(NEEDED) -o $@ $(BENCH_SOURCE) tokenizer.c \
 		$(LDFLAGS) -lm
 
 # How fast the model is here, against this machine's own limits; with REPLAY=FILE what guesses are

@@ -4,8 +4,8 @@ run: what compiles, how long it takes, and how long each mask takes along the te
 
     schemas.py SCHEMAS.jsonl TOKENIZER.json [PEER ...]
 
-SCHEMAS: lines {"schema", "valid": [{"json"}], "invalid": [{"json"}]}. Needs what
-tests/requirements.txt names. A mask's time is the least of five runs, each begun anew."""
+SCHEMAS: lines {"schema", "valid": [{"json"}], "invalid": [{"json"}]}. Needs llguidance 1.9.1,
+xgrammar 0.2.9 and tokenizers. A mask's time is the least of five runs, each begun anew."""
 import json
 import statistics
 import subprocess

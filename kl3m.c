@@ -4212,10 +4212,8 @@ static const Regex *regex_read(RegexReader *r) {
 
 // A step of the search: it eats a character of its set, or goes on for nothing to one of two, or
 // only at the text's beginning or end; or it is the end.
-typedef struct {
-    enum { EATS, SPLITS, AT_BEGIN_ONLY, AT_END_ONLY, ENDS } kind;
-    int set, next, other;
-} Step;
+typedef enum { EATS, SPLITS, AT_BEGIN_ONLY, AT_END_ONLY, ENDS } StepKind;
+typedef struct { StepKind kind; int set, next, other; } Step;
 
 typedef struct {
     Arena *arena;
@@ -4445,7 +4443,7 @@ static int by_step(const void *a, const void *b) { return *(const int *)a - *(co
 static int take_met(Closure *c) {
     int kept = 0;
     for (int i = 0; i < c->n; i++) {
-        int kind = c->s->steps[c->list[i]].kind;
+        StepKind kind = c->s->steps[c->list[i]].kind;
         c->met[c->list[i]] = false;
         if (kind == EATS || kind == ENDS || kind == AT_END_ONLY) c->list[kept++] = c->list[i];
     }
@@ -5086,10 +5084,10 @@ typedef struct {
     Members members;               // OBJECT
 } Atom;
 
-typedef struct {                   // a schema that holds for a value, or what else does
-    Item *item;
-    enum { SCHEMA, CONSTANT, FORBIDS, ONE_AMONG } kind;      // of ONE_AMONG the item is the list
-} Entry;
+// A schema that holds for a value, or what else does: it is this value; it has none of the members
+// that this schema requires; one of this list's schemas holds.
+typedef enum { SCHEMA, CONSTANT, FORBIDS, ONE_AMONG } EntryKind;
+typedef struct { Item *item; EntryKind kind; } Entry;
 
 typedef struct { const Entry *at; int n; } Entries;
 
@@ -5464,7 +5462,7 @@ static void check_schemas(Schema *c) {
     }
 }
 
-static Entries with_entry(Schema *c, Entries e, Item *item, int kind) {
+static Entries with_entry(Schema *c, Entries e, Item *item, EntryKind kind) {
     Entry *copy = take(&c->arena, ((size_t)e.n + 1) * sizeof *copy);
     if (e.n) memcpy(copy, e.at, (size_t)e.n * sizeof *copy);
     copy[e.n] = (Entry){ item, kind };
@@ -5849,7 +5847,7 @@ static const Value *value_at(Schema *c, Entries flat, int place) {
         child = first ? first->first : NULL;
         while (child && child->index != place) child = child->next;
         if (child == NULL) child = rest;
-        if (child) e = with_entry(c, e, child, child == rest ? SCHEMA : (int)flat.at[i].kind);
+        if (child) e = with_entry(c, e, child, child == rest ? SCHEMA : flat.at[i].kind);
     }
     return value_of(c, e);
 }
@@ -8612,7 +8610,8 @@ enum { SHELVED = 64 };             // more only while requests hold them
 // The schema of a text; it stays at least as long as it has users.
 static Schema *find_schema(Shelf *shelf, const Settings *s, const Bytes *text) {
     ShelvedSchema *oldest = NULL;
-    for (ShelvedSchema *one = shelf->at; one < shelf->at + shelf->n; one++) {
+    for (int i = 0; i < shelf->n; i++) {
+        ShelvedSchema *one = &shelf->at[i];
         bool same = one->text.size == text->size &&
                     memcmp(one->text.data, text->data, text->size) == 0;
         if (same) return one->used = ++shelf->uses, one->schema;

@@ -38,6 +38,7 @@ import stat
 import struct
 import sys
 import time
+import unicodedata
 import urllib.parse
 import urllib.request
 import zlib
@@ -736,6 +737,7 @@ def byte_alphabet():
 
 
 BYTE_OF = byte_alphabet()
+NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}    # bytes that no UTF-8 has; NeoX has no tokens for them
 
 
 def utf8(token):
@@ -761,10 +763,22 @@ def adds_nothing(step):
     return isinstance(text, dict) and text.get("id") == "A"
 
 
+def normalizers(step):
+    """The names of a normalizer's steps; None is no step."""
+    if step is None:
+        return []
+    fields = step if isinstance(step, dict) else {}
+    inner = fields.get("normalizers")
+    if fields.get("type") == "Sequence" and isinstance(inner, list):
+        return [name for one in inner for name in normalizers(one)]
+    return [str(fields.get("type"))]
+
+
 def check_stages(tokenizer):
     """Refuse what would give other ids; truncation and padding leave the ids of a text alone."""
-    normalizer = tokenizer.get("normalizer")
-    expect_part(normalizer is None, "normalizer", normalizer, "nothing")
+    steps = normalizers(tokenizer.get("normalizer"))
+    expect_part(set(steps) <= {"NFC"}, "normalizer", tokenizer.get("normalizer"),
+                "nothing or NFC")
     for part, name, default, accepted in STAGES:
         fields = tokenizer.get(part)
         expect_part(isinstance(fields, dict), part, fields, "an object")
@@ -784,7 +798,7 @@ def check_id(token, number, rows):
 
 
 def read_vocab(model, rows):
-    """{token: id}: each id one token's, and a token for each byte."""
+    """{token: id}: each id one token's, and a token for each byte that UTF-8 has."""
     vocab = model.get("vocab")
     expect_part(isinstance(vocab, dict), "model.vocab", vocab, "an object")
     owner = {}
@@ -794,7 +808,7 @@ def read_vocab(model, rows):
         expect_part(ok, f"id of {show(token)}", number,
                     f"another than that of {show(owner[number])}")
     for token, byte in BYTE_OF.items():
-        expect_part(token in vocab, f"model.vocab: {show(token)}", None,
+        expect_part(token in vocab or byte in NEVER, f"model.vocab: {show(token)}", None,
                     f"the token of byte {byte}")
     return vocab
 
@@ -880,7 +894,11 @@ def tokenizer_section(tokenizer, rows):
     vocab = read_vocab(tokenizer["model"], rows)
     merge_slots, merges = hash_table(read_merges(tokenizer["model"], vocab))
     added = read_added(tokenizer, vocab, rows)
-    edges, node_token = build_tries(added)
+    nfc = bool(normalizers(tokenizer.get("normalizer")))
+    # The library looks for those that are not to be matched early in what has been normalized.
+    edges, node_token = build_tries(
+        [token._replace(content=unicodedata.normalize("NFC", token.content))
+         if nfc and token.normalized else token for token in added])
     trie_slots, trie = hash_table(edges)
     names = {number: token for token, number in vocab.items()}
     names.update((token.id, token.content) for token in added)
@@ -891,9 +909,9 @@ def tokenizer_section(tokenizer, rows):
     offsets = [0]
     for text in texts:
         offsets.append(offsets[-1] + len(text))
-    header = struct.pack("<8s7I28x", b"BPETOK1\n", len(texts), merge_slots, trie_slots,
+    header = struct.pack("<8s7I28x", b"BPETOK2\n" if nfc else b"BPETOK1\n", len(texts), merge_slots, trie_slots,
                          len(node_token), EARLY, LATE, offsets[-1])
-    byte_tokens = [vocab[token] for token in BYTE_OF]
+    byte_tokens = [vocab.get(token, NOBODY) for token in BYTE_OF]
     numbers = map(u32s, (node_token, byte_tokens, offsets))
     return b"".join([header, merges, trie, *numbers, flags, *texts])
 

@@ -4770,13 +4770,14 @@ static int by_text(const void *a, const void *b) {
 // mostly the single space, lies in them), so the model was not trained on them.
 static size_t usable_tokens(Tokenizer *t, TokenText *found) {
     size_t n = 0;
+    uint32_t *ids = allocate(tokenizer_most_ids(t, LONGEST_USABLE), sizeof *ids);
     for (uint32_t id = 0; id < t->tokens; id++) {
         TokenText one = { .token = id };
         one.text = tokenizer_text(t, id, &one.n);
-        uint32_t ids[LONGEST_USABLE];
         if (one.n == 0 || one.n > LONGEST_USABLE || tokenizer_is_special(t, id)) continue;
         if (tokenizer_encode(t, one.text, one.n, true, ids) == 1 && ids[0] == id) found[n++] = one;
     }
+    free(ids);
     qsort(found, n, sizeof *found, by_text);
     return n;
 }
@@ -8776,7 +8777,10 @@ static bool json_record(Json *j, const Settings *s, Prompt *p) {
     return j->flaw == NULL;
 }
 
-// A text's ids, into ids[], which has room for n. Returns how many.
+// As many ids as a text of n bytes may have.
+static size_t most_ids(const Model *m, size_t n) { return tokenizer_most_ids(&m->tokenizer, n); }
+
+// A text's ids, into ids[], which has room for most_ids. Returns how many.
 static size_t encode(Model *m, bool no_special, const char *text, size_t n, uint32_t *ids) {
     ptrdiff_t count = tokenizer_encode(&m->tokenizer, text, n, no_special, ids);
     if (count < 0) die("out of memory for a prompt of %zu bytes", n);
@@ -8822,7 +8826,7 @@ static char *memory_refusal(const Request *r, const Model *m, const Settings *s)
 static void give_tokens(Request *r, Model *m, const PromptRules *rules, const Settings *s) {
     size_t context = (size_t)m->c.context, keep = 0;
     if (rules->new_tokens < m->c.context) keep = context - (size_t)rules->new_tokens;
-    r->ids = allocate(r->prompt_size + 1, sizeof *r->ids);
+    r->ids = allocate(most_ids(m, r->prompt_size) + 1, sizeof *r->ids);
     size_t count = encode(m, rules->no_special, r->prompt, r->prompt_size, r->ids);
     r->error = refusal(m, rules, count, keep);
     if (r->error) return;
@@ -8865,7 +8869,7 @@ static void find_windows(Request *r, Model *m, const PromptRules *rules) {
     long context = m->c.context, half = context > 1 ? context / 2 : 1;
     long stride = rules->stride ? rules->stride : half;
     r->windows = true;
-    r->ids = allocate(r->prompt_size + 1, sizeof *r->ids);
+    r->ids = allocate(most_ids(m, r->prompt_size) + 1, sizeof *r->ids);
     size_t count = encode(m, rules->no_special, r->prompt, r->prompt_size, r->ids);
     long tokens = (long)count, behind = tokens - context;      // the first window
     if (rules->truncate)
@@ -8890,8 +8894,9 @@ static void find_windows(Request *r, Model *m, const PromptRules *rules) {
 // A request's continuations, to be scored behind its text. They share all of it but its last
 // token, which each of them begins with, for the logits that it leaves.
 static void find_continuations(Request *r, Model *m, const PromptRules *rules, Texts *given) {
-    size_t most = (size_t)m->c.context + 1, room = r->prompt_size + 1, longest = 0;
-    for (int i = 0; i < given->n; i++) room += given->texts[i].size + 1;
+    size_t most = (size_t)m->c.context + 1, room = most_ids(m, r->prompt_size) + 1;
+    size_t longest = 0;
+    for (int i = 0; i < given->n; i++) room += most_ids(m, given->texts[i].size) + 1;
     r->ids = allocate(room, sizeof *r->ids);
     size_t text = encode(m, rules->no_special, r->prompt, r->prompt_size, r->ids), at;
     if (text == 0 && m->file_config.start == TOKENIZER_NONE) {
@@ -9648,7 +9653,7 @@ static int tokenize(const Options *o, Model *m, const Kernels *kernels) {
     Prompt p = {0};
     long line;
     while (!interrupted && next_prompt(&prompts, true, &p, &line) == 1) {
-        ids = grow(ids, &room, (p.text.size + 1) * sizeof *ids);
+        ids = grow(ids, &room, (most_ids(m, p.text.size) + 1) * sizeof *ids);
         out.size = 0;
         append_ids(&out, ids, encode(m, o->rules.no_special, p.text.data, p.text.size, ids));
         write_all(&standard_output, out.data, out.size);

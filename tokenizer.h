@@ -1,11 +1,11 @@
 // tokenizer.h: byte-level BPE behind added tokens, as the `tokenizers` library computes it from a
-// GPT-2 style tokenizer.json. It knows nothing of models and stands alone with tokenizer.c: the
+// GPT-2 style tokenizer.json, NFC before it included. It knows nothing of models and stands alone with tokenizer.c: the
 // tables it reads are one block of bytes that export_weights.py makes (their layout is at the top
 // of tokenizer.c), used where they lie, never copied.
 //
 //     Tokenizer t;
 //     const char *flaw = tokenizer_open(&t, tables, size);    // NULL: good
-//     uint32_t *ids = malloc(n * sizeof *ids);                // a token is at least a byte
+//     uint32_t *ids = malloc(tokenizer_most_ids(&t, n) * sizeof *ids);
 //     ptrdiff_t count = tokenizer_encode(&t, text, n, false, ids);
 //     for (ptrdiff_t i = 0; i < count; i++) {
 //         size_t length;
@@ -49,6 +49,7 @@ typedef struct {
     uint8_t ascii_class[128];
     TokenizerWord *words;          // [TOKENIZER_WORDS], allocated by the first encoding; NULL:
                                    // nothing is remembered
+    struct TokenizerNfc *nfc;      // what NFC needs; NULL: texts are taken as they are
 } Tokenizer;
 
 #define TOKENIZER_NONE UINT32_MAX
@@ -59,9 +60,14 @@ enum { TOKENIZER_WORDS = 8192 };
 // Returns NULL, or what is wrong with them.
 const char *tokenizer_open(Tokenizer *t, const void *tables, size_t size);
 
-// The ids of text[0 .. n), any bytes, into ids[], which has room for n. With plain_specials the
-// special tokens' names are read as ordinary text. Returns the number of ids, or -1 if there was no
-// memory (about 20 n bytes for a word of n bytes, when n > 128).
+// How many ids a text of n bytes may have: one a byte, or more where it becomes NFC, which may be
+// longer.
+size_t tokenizer_most_ids(const Tokenizer *t, size_t n);
+
+// The ids of text[0 .. n), any bytes, into ids[], which has room for tokenizer_most_ids. With
+// plain_specials the special tokens' names are read as ordinary text. Returns the number of ids, or
+// -1 if there was no memory (about 20 n bytes for a word of n bytes, when n > 128; 35 n for a text
+// in which something is to become NFC).
 ptrdiff_t tokenizer_encode(Tokenizer *t, const char *text, size_t n, bool plain_specials,
                            uint32_t *ids);
 

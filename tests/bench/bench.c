@@ -735,7 +735,7 @@ static ReplayLine parse_line(Model *m, const Records *in, char *text, size_t n) 
         l.prompt_size = unescape(text, l.prompt_size);
         rest_size = unescape(rest, rest_size);
     }
-    l.ids = allocate(rest_size + 1, sizeof *l.ids);
+    l.ids = allocate(most_ids(m, rest_size) + 1, sizeof *l.ids);
     l.n = (int)encode(m, options.rules.no_special, rest, rest_size, l.ids);
     if (l.n == 0)
         die("%s: line %ld is not a prompt, a tab and its continuation", in->name, in->line);

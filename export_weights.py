@@ -909,7 +909,8 @@ def tokenizer_section(tokenizer, rows):
     offsets = [0]
     for text in texts:
         offsets.append(offsets[-1] + len(text))
-    header = struct.pack("<8s7I28x", b"BPETOK2\n" if nfc else b"BPETOK1\n", len(texts), merge_slots, trie_slots,
+    header = struct.pack("<8s7I28x", b"BPETOK2\n" if nfc else b"BPETOK1\n", len(texts),
+                         merge_slots, trie_slots,
                          len(node_token), EARLY, LATE, offsets[-1])
     byte_tokens = [vocab.get(token, NOBODY) for token in BYTE_OF]
     numbers = map(u32s, (node_token, byte_tokens, offsets))

@@ -3880,7 +3880,10 @@ enum {
     MOST_GROUPS = 200,             // one in another
     MOST_NFA = 4096,               // states of a pattern that eat or step
     MOST_STATES = 32768,           // of an automaton
-    MOST_NEEDS = 1 << 20,          // states times lengths that a table is made for
+    MOST_CLASSES = 4096,           // of characters that an automaton tells apart
+    MOST_ARROWS = 1 << 22,         // states times classes
+    MOST_PATTERN = 1 << 16,        // bytes
+    MOST_NEEDS = 1 << 21,          // cells of all tables of lengths and counts
     BEYOND = 1 << 30,              // a cost that nothing has, and of two such the sum
 };
 
@@ -3907,29 +3910,34 @@ static int by_first(const void *a, const void *b) {
     return x->first != y->first ? (x->first < y->first ? -1 : 1) : 0;
 }
 
-static void charset_close(Charset *s) {
-    if (s->n == 0) return;
-    qsort(s->spans, (size_t)s->n, sizeof *s->spans, by_first);
-    int last = 0;
-    for (int i = 1; i < s->n; i++) {
-        if (s->spans[i].first > s->spans[last].last + 1) s->spans[++last] = s->spans[i];
-        else if (s->spans[i].last > s->spans[last].last) s->spans[last].last = s->spans[i].last;
+// Puts a set in order. Surrogates are no characters, and go.
+static void charset_close(Arena *a, Charset *s) {
+    Charset closed = {0};
+    if (s->n) qsort(s->spans, (size_t)s->n, sizeof *s->spans, by_first);
+    for (int i = 0, k = 0; i < s->n; i = k) {
+        uint32_t first = s->spans[i].first, last = s->spans[i].last;
+        for (k = i + 1; k < s->n && s->spans[k].first <= last + 1; k++)
+            if (s->spans[k].last > last) last = s->spans[k].last;
+        if (first < FIRST_SURROGATE)
+            charset_add(a, &closed, first, last < FIRST_SURROGATE ? last : FIRST_SURROGATE - 1);
+        if (last > LAST_SURROGATE)
+            charset_add(a, &closed, first > LAST_SURROGATE ? first : LAST_SURROGATE + 1, last);
     }
-    s->n = last + 1;
+    *s = closed;
 }
 
-// All characters that are not in s; surrogates are none.
+// All characters that are not in s.
 static Charset charset_others(Arena *a, Charset s) {
     Charset all = {0}, others = {0};
     charset_join(a, &all, &s);
-    charset_add(a, &all, FIRST_SURROGATE, LAST_SURROGATE);
-    charset_close(&all);
+    charset_close(a, &all);
     uint32_t from = 0;
     for (int i = 0; i < all.n; i++) {
         if (all.spans[i].first > from) charset_add(a, &others, from, all.spans[i].first - 1);
         from = all.spans[i].last + 1;
     }
     if (from <= MOST_CODE) charset_add(a, &others, from, MOST_CODE);
+    charset_close(a, &others);
     return others;
 }
 
@@ -3980,6 +3988,10 @@ static bool class_named(Arena *a, char name, Class *c) {
 }
 
 static const char nothing_matches[] = "nothing matches it";
+static const char many_cells[] = "lengths and counts, times the states and members that they are "
+                                 "kept for, need more than 2097152 cells";
+static const char many_states[] = "it makes too large an automaton: more than 4096 classes of "
+                                  "characters, 32768 states, or 4194304 arrows";
 
 typedef struct Regex Regex;
 struct Regex {
@@ -4016,6 +4028,11 @@ static bool regex_take(RegexReader *r, const char *text) {
     return true;
 }
 
+// Does one of these characters stand at `at`?
+static bool regex_sees(const RegexReader *r, const char *characters) {
+    return r->at < r->end && *r->at && strchr(characters, *r->at);
+}
+
 static uint32_t regex_char(RegexReader *r) {
     uint32_t code;
     r->at += utf8_char(r->at, (size_t)(r->end - r->at), &code);
@@ -4037,7 +4054,8 @@ static uint32_t regex_unicode(RegexReader *r) {
     if (regex_take(r, "{")) {
         while (r->at < r->end && *r->at != '}' && code <= MOST_CODE)
             code = code * 16 + regex_hex(r, 1);
-        if (!regex_take(r, "}") || code > MOST_CODE) regex_fail(r, "a bad \\u{...}");
+        bool empty = r->at[-1] == '{';
+        if (!regex_take(r, "}") || empty || code > MOST_CODE) regex_fail(r, "a bad \\u{...}");
         return code;
     }
     size_t used;
@@ -4111,7 +4129,7 @@ static const Regex *regex_class(RegexReader *r) {
     }
     if (!regex_take(r, "]")) return regex_fail(r, "a class lacks its ]");
     if (others) c = class_others(r->arena, &c);
-    charset_close(&c.both);
+    charset_close(r->arena, &c.both);
     return regex_node(r, (Regex){ .kind = ONE_OF, .set = c.both });
 }
 
@@ -4119,14 +4137,14 @@ static const Regex *regex_class(RegexReader *r) {
 static const Regex *regex_escaped(RegexReader *r) {
     Class c = {0};
     const char *at = r->at - 1;
-    if (r->at < r->end && strchr("bB", *r->at))
+    if (regex_sees(r, "bB"))
         return regex_fail(r, "\\b and \\B are not supported");
-    if (r->at < r->end && (*r->at == 'k' || (*r->at >= '1' && *r->at <= '9')))
+    if (regex_sees(r, "k123456789"))
         return regex_fail(r, "backreferences are not supported");
     uint32_t code;
     r->at = at;
     if (regex_member(r, &c, &code)) class_add(r->arena, &c, code, code);
-    charset_close(&c.both);
+    charset_close(r->arena, &c.both);
     return regex_node(r, (Regex){ .kind = ONE_OF, .set = c.both });
 }
 
@@ -4142,7 +4160,8 @@ static bool regex_counts(RegexReader *r, uint32_t *least, uint32_t *most) {
         if (i == 0) at++;
     }
     bool comma = at > r->at && at[-1] == ',';
-    if (given[0] == 0 || at == r->end || *at != '}') return false;
+    if (r->end - r->at > 1 && r->at[1] == ',') regex_fail(r, "{,m} is read in two ways");
+    if (given[0] == 0 || at >= r->end || *at != '}') return false;
     *least = numbers[0];
     *most = given[1] ? numbers[1] : comma ? BEYOND : numbers[0];
     r->at = at + 1;
@@ -4157,7 +4176,7 @@ static const Regex *regex_repeated(RegexReader *r, const Regex *what) {
     else if (r->at == r->end || *r->at != '{' || !regex_counts(r, &least, &most)) return what;
     if (most < least) return regex_fail(r, "a repetition out of order");
     regex_take(r, "?");                        // as few as possible: the same texts
-    if (r->at < r->end && strchr("*+?", *r->at)) return regex_fail(r, "nothing to repeat");
+    if (regex_sees(r, "*+?")) return regex_fail(r, "nothing to repeat");
     return regex_node(r, (Regex){ .kind = REPEATED, .a = what, .least = least, .most = most });
 }
 
@@ -4165,7 +4184,7 @@ static const Regex *regex_repeated(RegexReader *r, const Regex *what) {
 static void regex_open_group(RegexReader *r) {
     if (++r->groups > MOST_GROUPS) regex_fail(r, "groups are nested too deep");
     if (!regex_take(r, "?") || regex_take(r, ":")) return;
-    bool named = regex_take(r, "<"), look = r->at < r->end && strchr("=!", *r->at);
+    bool named = regex_take(r, "<"), look = regex_sees(r, "=!");
     if (look) regex_fail(r, "lookaround is not supported");
     else if (!named) regex_fail(r, "an unknown kind of group");
     else while (r->at < r->end && *r->at++ != '>') {}
@@ -4179,12 +4198,13 @@ static const Regex *regex_single(RegexReader *r) {
     if (regex_take(r, "$")) return regex_node(r, (Regex){ .kind = AT_END });
     if (regex_take(r, "[")) return regex_class(r);
     if (regex_take(r, "\\")) return regex_escaped(r);
-    if (strchr("*+?", *r->at)) return regex_fail(r, "nothing to repeat");
+    if (regex_sees(r, "*+?")) return regex_fail(r, "nothing to repeat");
     uint32_t code = regex_char(r);
     if (code == '.') {
         for (size_t i = 0; i < 4; i++) charset_add(r->arena, &set, line_ends[i], line_ends[i]);
         set = charset_others(r->arena, set);
     } else charset_add(r->arena, &set, code, code);
+    charset_close(r->arena, &set);
     return regex_node(r, (Regex){ .kind = ONE_OF, .set = set });
 }
 
@@ -4243,16 +4263,20 @@ static int set_of(Steps *s, const Charset *set) {
 // The steps of a tree, in front of the step `next`. Returns the first.
 static int write_steps(Steps *s, const Regex *r, int next) {
     if (s->flaw) return 0;
+    for (; r->kind == BEHIND && !s->flaw; r = r->a) next = write_steps(s, r->b, next);
+    int others = -1;                           // of alternatives that stand behind the first
+    for (; r->kind == EITHER && !s->flaw; r = r->a) {
+        int last = write_steps(s, r->b, next);
+        others = others < 0 ? last : add_step(s, (Step){ SPLITS, .next = last, .other = others });
+    }
+    if (others >= 0)
+        return add_step(s, (Step){ SPLITS, .next = write_steps(s, r, next), .other = others });
     switch (r->kind) {
-    case NOTHING: return next;
     case ONE_OF: return add_step(s, (Step){ EATS, .set = set_of(s, &r->set), .next = next });
-    case BEHIND: return write_steps(s, r->a, write_steps(s, r->b, next));
-    case EITHER:
-        return add_step(s, (Step){ SPLITS, .next = write_steps(s, r->a, next),
-                                   .other = write_steps(s, r->b, next) });
     case AT_START: return add_step(s, (Step){ AT_BEGIN_ONLY, .next = next });
     case AT_END: return add_step(s, (Step){ AT_END_ONLY, .next = next });
     case REPEATED: break;
+    default: return next;
     }
     int at = next;
     if (r->most == BEYOND) {
@@ -4261,7 +4285,11 @@ static int write_steps(Steps *s, const Regex *r, int next) {
         s->steps[at].next = body;
     } else for (uint32_t i = r->least; i < r->most && !s->flaw; i++)
         at = add_step(s, (Step){ SPLITS, .next = write_steps(s, r->a, at), .other = next });
-    for (uint32_t i = 0; i < r->least && !s->flaw; i++) at = write_steps(s, r->a, at);
+    for (uint32_t i = 0, before = 0; i < r->least && !s->flaw; i++) {
+        before = (uint32_t)s->n;
+        at = write_steps(s, r->a, at);
+        if (before == (uint32_t)s->n) break;   // it is nothing, however often
+    }
     return at;
 }
 
@@ -4376,6 +4404,7 @@ static uint32_t find_set(StateSets *s, const int *steps, int n) {
 }
 
 // Divides all characters into classes: those that the same sets hold. holds[class][set] is a bit.
+// NULL: there are too many.
 static uint64_t *find_classes(const Steps *s, Automaton *a) {
     size_t words = ((size_t)s->n_sets + 63) / 64 + 1;
     Charset edges = {0};
@@ -4394,7 +4423,8 @@ static uint64_t *find_classes(const Steps *s, Automaton *a) {
         if (i == 0 || edges.spans[i].first != edges.spans[i - 1].first)
             a->starts[a->spans++] = edges.spans[i].first;
     uint64_t *held = take(s->arena, a->spans * words * sizeof *held);
-    uint64_t *holds = take(s->arena, a->spans * words * sizeof *holds);
+    size_t most = a->spans < MOST_CLASSES ? a->spans : MOST_CLASSES;
+    uint64_t *holds = take(s->arena, most * words * sizeof *holds);
     memset(held, 0, a->spans * words * sizeof *held);
     for (int i = 0; i < s->n_sets; i++)
         for (int k = 0; k < s->sets[i]->n; k++)
@@ -4405,6 +4435,7 @@ static uint64_t *find_classes(const Steps *s, Automaton *a) {
         uint32_t class = 0;
         while (class < a->classes && memcmp(holds + class * words, held + i * words,
                                             words * sizeof *held) != 0) class++;
+        if (class == MOST_CLASSES) return NULL;
         if (class == a->classes) memcpy(holds + a->classes++ * words, held + i * words,
                                         words * sizeof *held);
         a->class_of[i] = (uint16_t)class;
@@ -4552,6 +4583,7 @@ static const char *find_states(Steps *s, int entry, Automaton *a) {
     uint64_t *holds = find_classes(s, a);
     size_t words = ((size_t)s->n_sets + 63) / 64 + 1;
     uint32_t room = 0;
+    if (holds == NULL) return many_states;
     weigh_classes(s->arena, a);
     size_t n = (size_t)s->n;
     Closure c = { s, take(s->arena, n), take(s->arena, n * sizeof(int)),
@@ -4563,6 +4595,7 @@ static const char *find_states(Steps *s, int entry, Automaton *a) {
     find_set(&sets, c.list, first);
     a->accepts = take(s->arena, MOST_STATES * sizeof *a->accepts);
     for (uint32_t state = 0; state < sets.n; state++) {
+        if (sets.n * a->classes > MOST_ARROWS) return many_states;
         grow_states(s->arena, a, state, &room);
         const StateSet set = sets.sets[state];
         a->accepts[state] = set_accepts(&c, &set);
@@ -4580,7 +4613,7 @@ static const char *find_states(Steps *s, int entry, Automaton *a) {
             if (!any) continue;
             int reached = take_met(&c);
             *next = find_set(&sets, c.list, reached);
-            if (*next == NO_STATE) return "its automaton has more than 32768 states";
+            if (*next == NO_STATE) return many_states;
         }
     }
     a->states = sets.n;
@@ -4609,6 +4642,7 @@ static const Automaton *automaton_of(Arena *arena, const char *pattern, size_t n
     Arena scratch = {0};
     Automaton a = {0};
     RegexReader reader = { .arena = &scratch, .at = pattern, .end = pattern + n };
+    if (n > MOST_PATTERN) regex_fail(&reader, "it has more than 65536 bytes");
     const Regex *tree = regex_read(&reader);
     if (!reader.flaw && reader.at < reader.end) reader.flaw = "a ) without its group";
     *flaw = reader.flaw;
@@ -4622,7 +4656,8 @@ static const Automaton *automaton_of(Arena *arena, const char *pattern, size_t n
     return kept;
 }
 
-// The characters that two automata tell apart, as pairs of their classes: pairs[class].
+// The characters that two automata tell apart, as pairs of their classes: pairs[class]. NULL: there
+// are too many.
 static uint32_t *pair_classes(Arena *arena, const Automaton *x, const Automaton *y, Automaton *a) {
     uint32_t spans = x->spans + y->spans, *pairs = take(arena, spans * sizeof *pairs), i = 0, k = 0;
     a->starts = take(arena, spans * sizeof *a->starts);
@@ -4630,6 +4665,7 @@ static uint32_t *pair_classes(Arena *arena, const Automaton *x, const Automaton 
     for (uint32_t start = 0; start <= MOST_CODE;) {
         uint32_t pair = (uint32_t)x->class_of[i] << 16 | y->class_of[k], class = 0;
         while (class < a->classes && pairs[class] != pair) class++;
+        if (class == MOST_CLASSES) return NULL;
         if (class == a->classes) pairs[a->classes++] = pair;
         a->starts[a->spans] = start;
         a->class_of[a->spans++] = (uint16_t)class;
@@ -4644,10 +4680,12 @@ static uint32_t *pair_classes(Arena *arena, const Automaton *x, const Automaton 
 
 static const char *find_pairs(Arena *arena, const Automaton *x, const Automaton *y, Automaton *a) {
     const uint32_t *pairs = pair_classes(arena, x, y, a);
+    if (pairs == NULL) return many_states;
     StateSets sets = { .arena = arena };
     find_set(&sets, (int[]){ 0, 0 }, 2);
     a->accepts = take(arena, MOST_STATES * sizeof *a->accepts);
     for (uint32_t state = 0, room = 0; state < sets.n; state++) {
+        if (sets.n * a->classes > MOST_ARROWS) return many_states;
         grow_states(arena, a, state, &room);
         uint32_t in_x = (uint32_t)sets.sets[state].steps[0];
         uint32_t in_y = (uint32_t)sets.sets[state].steps[1];
@@ -4659,7 +4697,7 @@ static const char *find_pairs(Arena *arena, const Automaton *x, const Automaton 
             *next = NO_STATE;
             if (to_x == NO_STATE || to_y == NO_STATE) continue;
             *next = find_set(&sets, (int[]){ (int)to_x, (int)to_y }, 2);
-            if (*next == NO_STATE) return "two patterns together have more than 32768 states";
+            if (*next == NO_STATE) return many_states;
         }
     }
     a->states = sets.n;
@@ -4683,6 +4721,7 @@ typedef struct {
     const Automaton *automaton;
     uint32_t least, most;
     bool json;                     // written as a string of JSON, else as they are
+    bool formatted;                // also by a format, which others may not enforce
     const Need *needs;             // [least + 1][states]
     Need worst;                    // the most of each
 } Language;
@@ -4697,11 +4736,11 @@ static bool lives(const Language *l, uint32_t state, uint32_t count) {
     return state != NO_STATE && plus(need_of(l, state, count)->chars, count) <= l->most;
 }
 
-// Finds what is needed. NULL, or why it cannot be.
-static const char *find_needs(Arena *arena, Language *l) {
+// Finds what is needed. `cells` counts those of all tables. NULL, or why it cannot be.
+static const char *find_needs(Arena *arena, Language *l, uint64_t *cells) {
     const Automaton *a = l->automaton;
-    if ((uint64_t)a->states * (l->least + 1ull) > MOST_NEEDS)
-        return "minLength times the pattern's states is more than 1048576";
+    *cells += (uint64_t)a->states * (l->least + 1ull);
+    if (*cells > MOST_NEEDS) return many_cells;
     Need *needs = take(arena, (l->least + 1) * a->states * sizeof *needs);
     needs_to_end(arena, a, l->json, needs);
     for (uint32_t i = 1; i <= l->least; i++)
@@ -4747,16 +4786,17 @@ typedef struct {
     uint32_t n, roots[256];        // the node of a token's first byte; n: there is none
 } Trie;
 
+enum { LONGEST_USABLE = 1024, GLUES = 16 };    // bytes of a token: longer ones are not drawn
+
 // The tokens that may be drawn.
 typedef struct {
     Trie all, quotes;              // quotes: those that hold a quotation mark
     uint32_t most_bytes;           // of a token
     uint64_t *usable;              // a bit a token
+    uint32_t glue[GLUES];          // the fewest tokens of each Glue
     Tokenizer *tokenizer;
     Arena arena;
 } Vocabulary;
-
-enum { LONGEST_USABLE = 1024 };    // bytes of a token; longer ones are not drawn
 
 typedef struct { const char *text; size_t n; uint32_t token; } TokenText;
 
@@ -4806,24 +4846,6 @@ static Trie trie_of(Arena *arena, const TokenText *texts, size_t n) {
     return t;
 }
 
-// Each byte has a token of its own, so that every text can be written.
-static Vocabulary *vocabulary_open(Tokenizer *t) {
-    Vocabulary *v = allocate(1, sizeof *v);
-    TokenText *texts = allocate_raw(t->tokens, sizeof *texts, LINE_BYTES);
-    size_t n = usable_tokens(t, texts), quotes = 0;
-    v->tokenizer = t;
-    v->all = trie_of(&v->arena, texts, n);
-    v->usable = allocate(t->tokens / 64 + 1, sizeof *v->usable);
-    for (size_t i = 0; i < n; i++) {
-        v->usable[texts[i].token / 64] |= 1ull << texts[i].token % 64;
-        if (texts[i].n > v->most_bytes) v->most_bytes = (uint32_t)texts[i].n;
-        if (memchr(texts[i].text, '"', texts[i].n)) texts[quotes++] = texts[i];
-    }
-    v->quotes = trie_of(&v->arena, texts, quotes);
-    free(texts);
-    return v;
-}
-
 static void vocabulary_close(Vocabulary *v) {
     if (v == NULL) return;
     arena_free(&v->arena);
@@ -4859,10 +4881,45 @@ static bool usable(const Vocabulary *v, uint32_t token) {
     return token < v->tokenizer->tokens && v->usable[token / 64] >> token % 64 & 1;
 }
 
-static uint32_t tokens_of(const Vocabulary *v, const char *text) {
-    uint32_t left[16];
-    count_tokens(v, text, strlen(text), left);
-    return left[0];
+// The texts of structure that stand between values, and the fewest tokens that write each.
+typedef enum {
+    OPEN_LIST, OPEN_LIST_QUOTE, EMPTY_LIST, CLOSE_LIST, QUOTE_CLOSE_LIST, EMPTY_OBJECT,
+    OPEN_OBJECT_QUOTE, CLOSE_OBJECT, QUOTE_CLOSE_OBJECT, COMMA, COMMA_QUOTE, QUOTE_COMMA,
+    QUOTE_COMMA_QUOTE, QUOTE_COLON, QUOTE_COLON_QUOTE, COLON_QUOTE,
+} Glue;
+
+static const char *const glue_texts[GLUES] = {
+    "[", "[\"", "[]", "]", "\"]", "{}", "{\"", "}", "\"}", ",", ",\"", "\",", "\",\"", "\":",
+    "\":\"", ":\"",
+};
+
+// Every text can be written: each byte of UTF-8 must have a token of its own.
+static Vocabulary *vocabulary_open(Tokenizer *t) {
+    Vocabulary *v = allocate(1, sizeof *v);
+    TokenText *texts = allocate_raw(t->tokens, sizeof *texts, LINE_BYTES);
+    size_t n = usable_tokens(t, texts), quotes = 0;
+    v->tokenizer = t;
+    v->all = trie_of(&v->arena, texts, n);
+    v->usable = allocate(t->tokens / 64 + 1, sizeof *v->usable);
+    for (size_t i = 0; i < n; i++) {
+        v->usable[texts[i].token / 64] |= 1ull << texts[i].token % 64;
+        if (texts[i].n > v->most_bytes) v->most_bytes = (uint32_t)texts[i].n;
+        if (memchr(texts[i].text, '"', texts[i].n)) texts[quotes++] = texts[i];
+    }
+    v->quotes = trie_of(&v->arena, texts, quotes);
+    free(texts);
+    for (int byte = 0; byte < 0xF5; byte++) {
+        uint32_t node = v->all.roots[byte];
+        bool alone = node < v->all.n && v->all.nodes[node].token != TOKENIZER_NONE;
+        if (!alone && byte != 0xC0 && byte != 0xC1)
+            die("the tokenizer has no token for byte %d alone, as schemas need it", byte);
+    }
+    for (int i = 0; i < GLUES; i++) {
+        uint32_t left[4];
+        count_tokens(v, glue_texts[i], strlen(glue_texts[i]), left);
+        v->glue[i] = left[0];
+    }
+    return v;
 }
 
 typedef struct Value Value;
@@ -4880,6 +4937,7 @@ struct Item {                      // of JSON: a value and where it stands
     bool checked;                  // as a schema
     bool on_path, no_cycle;        // of schemas that hold at once: see has_cycle
     bool noted;                    // a oneOf, to be proven
+    bool dropped;                  // a keyword that is not enforced
     const Automaton *automaton;    // of a pattern or a format
 };
 
@@ -4938,7 +4996,7 @@ static Item *member_named(Item *object, const char *name, size_t n) {
     if (object == NULL || object->kind != IS_OBJECT) return NULL;
     for (Item *m = object->first; m; m = m->next)
         if (m->name_length == n && memcmp(m->name, name, n) == 0) found = m;
-    return found;
+    return found && !found->dropped ? found : NULL;
 }
 
 static Item *member_of(Item *object, const char *name) {
@@ -4985,6 +5043,13 @@ static bool decimal_of(Item *item, Decimal *d) {
     d->exponent = d->digits ? (int)exponent : 0;
     if (negative) d->digits = -d->digits;
     return true;
+}
+
+// Digits in all.
+static int decimal_digits(Decimal d) {
+    int n = 0;
+    for (Wide rest = d.digits; rest; rest /= 10) n++;
+    return n;
 }
 
 static bool same_item(Item *a, Item *b) {
@@ -5045,7 +5110,8 @@ typedef struct {
 // Numbers between bounds, in units of 10^-scale.
 typedef struct {
     Wide low, high, multiple;      // inclusive; what they must be multiples of
-    int scale, most_digits;        // digits after the point at most; in all
+    int scale, most_digits;        // digits after the point at most; of whole numbers (others have
+                                   // 15 in all, so that every reader tells them from a bound)
     bool exponent;                 // may be written with one
 } Numbers;
 
@@ -5053,7 +5119,7 @@ typedef struct {
     const Value **first;           // [n_first]: of the first items
     const Value *rest;             // of those behind them
     uint32_t n_first, least, most;
-    const Cost *left[2];           // [least + 1]: tokens behind so many items; where a quote is due
+    Cost *left[2];                 // [least + 1]: tokens behind so many items; where a quote is due
 } List;
 
 // Members come in the order of the schema, optional ones may be left out. A free name may stand
@@ -5063,11 +5129,11 @@ typedef struct {
     const uint32_t *order;         // [n]: the word of each member, in the schema's order
     const uint32_t *required;      // [n + 1]: how many of the members from each on are
     uint32_t n, least, most;
-    const Cost *left[2];           // [n + 1][least + 1]: tokens behind a value, by the next member
+    Cost *left[2];                 // [n + 1][least + 1]: tokens behind a value, by the next member
                                    // that may follow and how many are still missing
     const Value *free;             // of members with free names; NULL: there are none
     Language names;                // of these
-    const Word *taken;             // [n_taken]: names that are not free, without colons
+    const Word *taken;             // [n_taken], sorted: names that are not free, without quotes
     uint32_t n_taken, name_bytes;  // bytes of a free name, if members must have one
     bool any_name;                 // is free, if it is not taken
     bool closed;                   // by its schema, and not only by us
@@ -5080,7 +5146,7 @@ typedef struct {
     const Word *words;             // [n_words], sorted: WORDS
     uint32_t n_words;
     Language language;             // STRING
-    Numbers numbers;                   // NUMBER
+    Numbers numbers;               // NUMBER
     List list;                     // ARRAY
     Members members;               // OBJECT
 } Atom;
@@ -5090,7 +5156,7 @@ typedef struct {
 typedef enum { SCHEMA, CONSTANT, FORBIDS, ONE_AMONG } EntryKind;
 typedef struct { Item *item; EntryKind kind; } Entry;
 
-typedef struct { const Entry *at; int n; } Entries;
+typedef struct { Entry *at; int n, room; } Entries;
 
 struct Value {
     Entries entries, key;          // all that hold; the same, sorted
@@ -5101,8 +5167,11 @@ struct Value {
 };
 
 enum {
-    MOST_VALUES = 10000, MOST_ATOMS = 256, MOST_EXPANSIONS = 10000, MOST_LISTED = 1 << 16,
+    MOST_VALUES = 10000, MOST_ATOMS = 256, MOST_EXPANSIONS = 10000,
     MOST_WORDS = 1 << 16, USUAL_DIGITS = 15, MOST_WHOLE = 18, MOST_FORMATS = 16,
+    MOST_MEMORY = 256 << 20,
+    MOST_LIVE = 64,                // alternatives of one kind, positions of a frame: the bits of
+                                   // Position.serves
 };
 
 // What is being compiled, and what came of it.
@@ -5116,6 +5185,8 @@ typedef struct {
     Item **due;                    // [n_due]: schemas that are still to be checked
     Item **one_ofs;                // [n_one_ofs]: whose alternatives must exclude each other
     int n_values, n_due, n_one_ofs, expansions;
+    uint64_t cells;                // of all tables
+    Arena scratch;                 // for what is not kept
     const Value *value;            // of the whole text
     uint32_t least_tokens, deepest;
     const Automaton *any;          // of all texts
@@ -5125,22 +5196,33 @@ typedef struct {
     int users;                     // requests that hold it
 } Schema;
 
-// A keyword that is not supported, or is not as it should be. With --schema-ignore it is left out
-// and remembered. True: it is refused.
-static bool refuse(Schema *c, Item *at, const char *keyword, const char *why) {
+// #POINTER: WHY, once in its list.
+static void add_reason(Texts *reasons, Item *at, const char *keyword, const char *why) {
     Bytes line = {0};
-    bool own = at->parent && at->name && is_text(at->name, at->name_length, keyword);
     append_string(&line, "#");
-    append_pointer(&line, own ? at->parent : at);
+    append_pointer(&line, at);
+    append_format(&line, ": %s%s%s", keyword, *keyword ? ": " : "", why);
+    for (int i = 0; i < reasons->n; i++)
+        if (strcmp(reasons->texts[i].data, line.data) == 0) {
+            free(line.data);
+            return;
+        }
+    add_text(reasons, line);
+}
+
+// The schema at `at` cannot be used, whatever is left out.
+static void reject(Schema *c, Item *at, const char *why) {
+    add_reason(&c->refusals, at ? at : c->root, "", why);
+}
+
+// A keyword's value is not supported, or not as it should be. With --schema-ignore it is left out,
+// and remembered.
+static void refuse(Schema *c, Item *keyword, const char *why) {
     bool ignored = false;
     for (int i = 0; c->ignored && i < c->ignored->n; i++)
-        ignored |= strcmp(c->ignored->texts[i].data, keyword) == 0;
-    append_format(&line, ": %s: %s", keyword, why);
-    Texts *lines = ignored ? &c->unchecked : &c->refusals;
-    for (int i = 0; i < lines->n; i++)
-        if (strcmp(lines->texts[i].data, line.data) == 0) return free(line.data), !ignored;
-    add_text(lines, line);
-    return !ignored;
+        ignored |= strcmp(c->ignored->texts[i].data, keyword->name) == 0;
+    keyword->dropped |= ignored;
+    add_reason(ignored ? &c->unchecked : &c->refusals, keyword->parent, keyword->name, why);
 }
 
 // A number that counts: not negative, and whole. At most BEYOND - 1.
@@ -5167,10 +5249,10 @@ static Item *find_anchor(Item *in, const char *name, size_t n) {
 }
 
 // What one name of a JSON pointer in a URI's fragment leads to.
-static Item *follow_name(Item *at, const char *s, size_t n) {
-    char name[256];
+static Item *follow_name(Arena *arena, Item *at, const char *s, size_t n) {
+    char *name = take(arena, n + 1);
     size_t length = 0;
-    for (size_t i = 0; i < n && length < sizeof name; i++) {
+    for (size_t i = 0; i < n; i++) {
         char c = s[i];
         if (c == '%' && hex(s + i + 1, n - i - 1, 2) >= 0) {
             c = (char)hex(s + i + 1, n - i - 1, 2);
@@ -5193,14 +5275,15 @@ static Item *follow_name(Item *at, const char *s, size_t n) {
 }
 
 // Where a $ref leads, or NULL. Only into the same document.
-static Item *follow_reference(const Schema *c, Item *reference) {
+static Item *follow_reference(Schema *c, Item *reference) {
     const char *s = reference->text;
     size_t n = reference->length;
     Item *id = member_of(c->root, "$id"), *at = c->root;
     if (id == NULL) id = member_of(c->root, "id");
     size_t base = id && id->kind == IS_STRING ? id->length : 0;
     while (base && id->text[base - 1] == '#') base--;
-    if (base && n >= base && memcmp(s, id->text, base) == 0) s += base, n -= base;
+    if (base && n >= base && memcmp(s, id->text, base) == 0 && (n == base || s[base] == '#'))
+        s += base, n -= base;
     else if (n == 0 || *s != '#') return NULL;
     if (n) s++, n--;
     if (n && *s != '/') return find_anchor(c->root, s, n);
@@ -5208,7 +5291,7 @@ static Item *follow_reference(const Schema *c, Item *reference) {
         size_t length = 0;
         s++, n--;
         while (length < n && s[length] != '/') length++;
-        at = follow_name(at, s, length);
+        at = follow_name(&c->scratch, at, s, length);
         s += length, n -= length;
     }
     return at;
@@ -5273,7 +5356,8 @@ static void check_later(Schema *c, Item *item) {
 
 // How a keyword's value must be, and what becomes of it.
 typedef enum {
-    REFUSED, REFUSED_IF_NOT_EMPTY, REFUSED_IF_TRUE, A_SCHEMA, SCHEMAS, SCHEMA_OR_LIST, NAMED_SCHEMAS, A_COUNT, A_NUMBER,
+    REFUSED, REFUSED_IF_NOT_EMPTY, REFUSED_IF_TRUE, A_SCHEMA, SCHEMAS, SCHEMA_OR_LIST,
+    NAMED_SCHEMAS, A_COUNT, A_NUMBER,
     A_BOUND, NAMES, A_REFERENCE, A_PATTERN, A_FORMAT, TYPE_NAMES, SOME_VALUES, A_FACTOR,
 } Rule;
 
@@ -5299,7 +5383,7 @@ static void check_pattern(Schema *c, Item *item, const char *pattern, size_t n, 
     const char *flaw;
     item->automaton = automaton_of(&c->arena, pattern, n, false, &flaw);
     if (item->automaton == NULL && flaw != nothing_matches)
-        refuse(c, at, item == at ? "pattern" : "patternProperties", flaw);
+        refuse(c, at, flaw);
 }
 
 static const Automaton *format_automaton(Schema *c, int format) {
@@ -5318,7 +5402,7 @@ static void check_format(Schema *c, Item *m) {
     if (i < TEXT_FORMATS)
         m->automaton = format_automaton(c, i);
     for (size_t k = 0; k < sizeof others / sizeof *others; k++)
-        if (says(m, others[k])) refuse(c, m, "format", "this format is not supported");
+        if (says(m, others[k])) refuse(c, m, "this format is not supported");
 }
 
 static void check_types(Schema *c, Item *m) {
@@ -5329,7 +5413,7 @@ static void check_types(Schema *c, Item *m) {
     for (; type; type = m->kind == IS_LIST ? type->next : NULL) {
         size_t i = 0;
         while (i < 7 && !says(type, names[i])) i++;
-        if (i == 7) refuse(c, m, "type", "there is no such type");
+        if (i == 7) refuse(c, m, "there is no such type");
     }
 }
 
@@ -5337,9 +5421,9 @@ static void check_types(Schema *c, Item *m) {
 static void check_map(Schema *c, Item *m) {
     bool patterns = is_text(m->name, m->name_length, "patternProperties");
     Item *properties = member_of(m->parent, "properties");
-    if (m->kind != IS_OBJECT) refuse(c, m, m->name, "an object was expected");
+    if (m->kind != IS_OBJECT) refuse(c, m, "an object was expected");
     if (patterns && (m->n > 1 || (m->n == 1 && properties && properties->n))) {
-        refuse(c, m, m->name, "more than one pattern, or one beside properties, is not supported");
+        refuse(c, m, "more than one pattern, or one beside properties, is not supported");
         return;
     }
     for (Item *s = m->first; s; s = s->next) {
@@ -5351,21 +5435,21 @@ static void check_map(Schema *c, Item *m) {
 static void check_reference(Schema *c, Item *m) {
     Item *target = m->kind == IS_STRING ? follow_reference(c, m) : NULL;
     if (target) check_later(c, target);
-    else refuse(c, m, "$ref", "it leads to nothing in this document");
+    else refuse(c, m, "it leads to nothing in this document");
 }
 
 static void check_names(Schema *c, Item *m) {
     bool good = m->kind == IS_LIST;
     for (Item *name = m->first; name; name = name->next) good &= name->kind == IS_STRING;
-    if (!good) refuse(c, m, m->name, "a list of names was expected");
+    if (!good) refuse(c, m, "a list of names was expected");
 }
 
 static void check_factor(Schema *c, Item *m) {
     Decimal d;
     if (m->kind != IS_NUMBER || !decimal_of(m, &d) || d.digits <= 0)
-        refuse(c, m, m->name, "a number above 0 was expected");
-    else if (d.exponent < 0) refuse(c, m, m->name, "fractions are not supported");
-    else if (d.exponent > MOST_WHOLE) refuse(c, m, m->name, "it is beyond 10^18");
+        refuse(c, m, "a number above 0 was expected");
+    else if (d.exponent < 0) refuse(c, m, "fractions are not supported");
+    else if (d.exponent > MOST_WHOLE) refuse(c, m, "it is beyond 10^18");
 }
 
 static void check_value(Schema *c, Item *m, Rule rule) {
@@ -5376,14 +5460,14 @@ static void check_value(Schema *c, Item *m, Rule rule) {
     case REFUSED:
         if (is_text(m->name, m->name_length, "if") && !member_of(m->parent, "then") &&
             !member_of(m->parent, "else")) break;
-        refuse(c, m, m->name, "not supported");
+        refuse(c, m, "not supported");
         break;
     case REFUSED_IF_NOT_EMPTY:                 // as a schema or a list of rules it says nothing
         if (m->kind != IS_TRUE && !(m->kind == IS_OBJECT && m->n == 0))
-            refuse(c, m, m->name, "not supported");
+            refuse(c, m, "not supported");
         break;
     case REFUSED_IF_TRUE:
-        if (m->kind != IS_FALSE) refuse(c, m, m->name, "not supported");
+        if (m->kind != IS_FALSE) refuse(c, m, "not supported");
         break;
     case A_SCHEMA: check_later(c, m); break;
     case SCHEMA_OR_LIST:
@@ -5392,39 +5476,39 @@ static void check_value(Schema *c, Item *m, Rule rule) {
         break;
     case SCHEMAS:
         if (m->kind != IS_LIST || m->n == 0)
-            refuse(c, m, m->name, "a list of schemas was expected");
+            refuse(c, m, "a list of schemas was expected");
         for (Item *s = m->first; s; s = s->next) check_later(c, s);
         break;
     case NAMED_SCHEMAS: check_map(c, m); break;
     case A_COUNT:
-        if (!count_of(m, &count)) refuse(c, m, m->name, "a count was expected");
+        if (!count_of(m, &count)) refuse(c, m, "a count was expected");
         break;
     case A_BOUND:
         if (truth) break;
         // fall through
     case A_NUMBER:
         if (m->kind != IS_NUMBER || !decimal_of(m, &d))
-            refuse(c, m, m->name, "a number of at most 36 digits was expected");
+            refuse(c, m, "a number of at most 36 digits was expected");
         break;
     case A_FACTOR: check_factor(c, m); break;
     case NAMES: check_names(c, m); break;
     case A_REFERENCE: check_reference(c, m); break;
     case A_PATTERN:
-        if (m->kind != IS_STRING) refuse(c, m, m->name, "a string was expected");
+        if (m->kind != IS_STRING) refuse(c, m, "a string was expected");
         else check_pattern(c, m, m->text, m->length, m);
         break;
     case A_FORMAT: check_format(c, m); break;
     case TYPE_NAMES: check_types(c, m); break;
     case SOME_VALUES:
         if (m->kind != IS_LIST || m->n == 0)
-            refuse(c, m, m->name, "a list of values was expected");
-        if (m->n > MOST_WORDS) refuse(c, m, m->name, "more than 65536 values");
+            refuse(c, m, "a list of values was expected");
+        if (m->n > MOST_WORDS) refuse(c, m, "more than 65536 values");
         break;
     }
 }
 
 // Is there a way from a schema back to itself on which nothing is written?
-static bool has_cycle(const Schema *c, Item *item, int depth) {
+static bool has_cycle(Schema *c, Item *item, int depth) {
     static const char *const lists[] = { "allOf", "anyOf", "oneOf" };
     enum { LONGEST_CHAIN = 2000 };
     if (item->on_path || depth > LONGEST_CHAIN) return true;
@@ -5452,22 +5536,34 @@ static void check_schemas(Schema *c) {
         Item *item = c->due[--c->n_due];
         if (item->checked || item->kind == IS_TRUE || item->kind == IS_FALSE) continue;
         item->checked = true;
-        if (item->kind != IS_OBJECT) refuse(c, item, "schema", "an object was expected");
-        if (item->kind != IS_OBJECT) continue;
+        if (item->kind != IS_OBJECT) {
+            reject(c, item, "an object, true or false was expected");
+            continue;
+        }
         for (Item *m = item->first; m; m = m->next)
             for (size_t i = 0; i < sizeof keywords / sizeof *keywords; i++)
                 if (is_text(m->name, m->name_length, keywords[i].name))
                     check_value(c, m, keywords[i].rule);
         if (c->refusals.n == 0 && has_cycle(c, item, 0))
-            refuse(c, item, "$ref", "it leads back to itself, and nothing is written on the way");
+            reject(c, item, "it leads back to itself, and nothing is written on the way");
     }
 }
 
+// With one more, which may stand in the same memory: whoever goes on with both copies them.
 static Entries with_entry(Schema *c, Entries e, Item *item, EntryKind kind) {
-    Entry *copy = take(&c->arena, ((size_t)e.n + 1) * sizeof *copy);
-    if (e.n) memcpy(copy, e.at, (size_t)e.n * sizeof *copy);
-    copy[e.n] = (Entry){ item, kind };
-    return (Entries){ copy, e.n + 1 };
+    enum { FIRST_ROOM = 4 };
+    if (e.n == e.room) {
+        e.room = e.room ? 2 * e.room : FIRST_ROOM;
+        Entry *more = take(&c->scratch, (size_t)e.room * sizeof *more);
+        if (e.n) memcpy(more, e.at, (size_t)e.n * sizeof *more);
+        e.at = more;
+    }
+    e.at[e.n++] = (Entry){ item, kind };
+    return e;
+}
+
+static Entries copy_entries(Arena *arena, Entries e) {
+    return (Entries){ take_copy(arena, e.at, (size_t)e.n * sizeof *e.at), e.n, e.n };
 }
 
 static bool holds_entry(Entries e, Entry one) {
@@ -5482,34 +5578,39 @@ static int by_entry(const void *a, const void *b) {
     return (int)x->kind - (int)y->kind;
 }
 
+static bool same_entries(Entries a, Entries b) {
+    bool same = a.n == b.n;
+    for (int i = 0; i < a.n && same; i++)
+        same = a.at[i].item == b.at[i].item && a.at[i].kind == b.at[i].kind;
+    return same;
+}
+
 // The value for which all of these hold: the one that is known already, or a new one, not built.
 static Value *value_of(Schema *c, Entries e) {
-    Entry *sorted = take(&c->arena, (size_t)e.n * sizeof *sorted);
-    int n = 0;
+    Entries once = { .n = 0 };
     for (int i = 0; i < e.n; i++)
-        if (!holds_entry((Entries){ sorted, n }, e.at[i])) sorted[n++] = e.at[i];
-    e = (Entries){ take_copy(&c->arena, sorted, (size_t)n * sizeof *sorted), n };
-    qsort(sorted, (size_t)n, sizeof *sorted, by_entry);
-    for (int i = 0; i < c->n_values; i++) {
-        Entries key = c->values[i]->key;
-        if (key.n != n) continue;
-        if (n == 0 || memcmp(key.at, sorted, (size_t)n * sizeof *sorted) == 0) return c->values[i];
-    }
+        if (!holds_entry(once, e.at[i])) once = with_entry(c, once, e.at[i].item, e.at[i].kind);
+    Entries sorted = copy_entries(&c->scratch, once);
+    if (sorted.n) qsort(sorted.at, (size_t)sorted.n, sizeof *sorted.at, by_entry);
+    for (int i = 0; i < c->n_values; i++)
+        if (same_entries(c->values[i]->key, sorted)) return c->values[i];
     if (c->n_values == MOST_VALUES) {
-        refuse(c, c->root, "schema", "more than 10000 values, after merging");
+        reject(c, c->root, "more than 10000 values, after merging");
         return c->values[0];
     }
     Value *v = take(&c->arena, sizeof *v);
-    *v = (Value){ .entries = e, .key = { sorted, n }, .inner = no_way, .whole = no_way };
+    *v = (Value){ .entries = copy_entries(&c->arena, once), .inner = no_way, .whole = no_way,
+                  .key = copy_entries(&c->arena, sorted) };
     size_t room = (size_t)c->n_values * sizeof *c->values;
     c->values = grow(c->values, &room, room + sizeof *c->values);
     return c->values[c->n_values++] = v;
 }
 
+static Item *first_item(Entries flat) { return flat.n ? flat.at[0].item : NULL; }
+
 static void add_atom(Schema *c, Value *v, Atom atom) {
     if (v->n == MOST_ATOMS) {
-        refuse(c, v->entries.n ? v->entries.at[0].item : c->root, "anyOf",
-               "more than 256 alternatives of one value");
+        reject(c, first_item(v->entries), "more than 256 alternatives of one value");
         return;
     }
     if (v->n == 0) v->atoms = take(&c->arena, MOST_ATOMS * sizeof *v->atoms);
@@ -5535,10 +5636,10 @@ static void append_decimal(Bytes *out, Item *item) {
     Decimal d;
     char digits[MOST_DIGITS + 1];
     int n = 0, point = 0;
-    if (!decimal_of(item, &d) || d.exponent > MOST_WHOLE || d.exponent < -MOST_DIGITS) {
-        append(out, item->source, item->size);
-        return;
-    }
+    decimal_of(item, &d);
+    bool far = d.exponent > MOST_WHOLE || decimal_digits(d) + d.exponent < -5;
+    int exponent = far ? d.exponent : 0;       // written as such
+    d.exponent -= exponent;
     if (d.digits < 0) append_string(out, "-"), d.digits = -d.digits;
     for (Wide rest = d.digits; rest || n == 0; rest /= 10) digits[n++] = (char)('0' + rest % 10);
     point = -d.exponent;
@@ -5547,6 +5648,7 @@ static void append_decimal(Bytes *out, Item *item) {
         append(out, i < n ? digits + i : "0", 1);
     }
     for (int i = 0; i < d.exponent; i++) append_string(out, "0");
+    if (exponent) append_format(out, "e%d", exponent);
 }
 
 // A word of a value, once.
@@ -5601,6 +5703,8 @@ static int merged_types(Entries flat) {
                 if (says(t, names[i].name)) its |= names[i].bits;
         types &= its;
     }
+    for (int i = 0; i < flat.n; i++)           // what is no object would fit all of a oneOf
+        if (flat.at[i].kind == FORBIDS) types &= T_OBJECT;
     return types;
 }
 
@@ -5620,21 +5724,19 @@ static const char *merged_language(Schema *c, Entries flat, Language *l) {
             if (both == NULL) both = m->automaton;
             else if (both != m->automaton)
                 both = automaton_of_both(&c->arena, both, m->automaton, &flaw);
-            if (k == 1 && format_named(m) < TEXT_FORMATS)
-                l->most = lesser(l->most, text_formats[format_named(m)].most);
+            if (k == 1) l->most = lesser(l->most, text_formats[format_named(m)].most);
+            l->formatted |= k == 1;
         }
     if (flaw) return flaw;
     l->automaton = both ? both : c->any;
-    if (l->least > l->most) return nothing_matches;
-    return find_needs(&c->arena, l);
+    return l->least > l->most ? nothing_matches : NULL;
 }
-
-static Item *first_item(Entries flat) { return flat.n ? flat.at[0].item : NULL; }
 
 static void add_strings(Schema *c, Value *v, Entries flat) {
     Atom atom = { .kind = STRING, .quoted = true };
     const char *flaw = merged_language(c, flat, &atom.language);
-    if (flaw && flaw != nothing_matches) refuse(c, first_item(flat), "pattern", flaw);
+    if (!flaw) flaw = find_needs(&c->arena, &atom.language, &c->cells);
+    if (flaw && flaw != nothing_matches) reject(c, first_item(flat), flaw);
     if (!flaw && lives(&atom.language, 0, 0)) add_atom(c, v, atom);
 }
 
@@ -5665,9 +5767,7 @@ static Wide in_units(Decimal d, int scale, bool up) {
 
 // Digits before the point, and behind it.
 static int whole_digits(Decimal d) {
-    Wide rest = d.digits < 0 ? -d.digits : d.digits;
-    int n = d.exponent;
-    for (; rest; rest /= 10) n++;
+    int n = decimal_digits(d) + d.exponent;
     return n > 0 ? n : 0;
 }
 
@@ -5718,8 +5818,7 @@ static bool merged_range(Schema *c, Entries flat, bool whole, Numbers *r) {
     r->scale = whole ? 0 : behind < MOST_WHOLE ? behind : MOST_WHOLE;
     r->most_digits = USUAL_DIGITS;
     if (most_whole > MOST_WHOLE) most_whole = MOST_WHOLE;
-    int asked = whole ? most_whole : most_whole + most_fraction + 1;
-    if (asked > USUAL_DIGITS) r->most_digits = whole ? MOST_WHOLE : asked;
+    if (most_whole > USUAL_DIGITS) r->most_digits = MOST_WHOLE;
     r->high = power_of_10(MOST_WHOLE + r->scale) - 1, r->low = -r->high;
     for (int i = 0; i < 4; i++)
         for (int at = 0; (m = next_bound(flat, i, &at, &d, &exclusive)) != NULL;) {
@@ -5730,7 +5829,7 @@ static bool merged_range(Schema *c, Entries flat, bool whole, Numbers *r) {
             if (!bounds[i].low && units - step < r->high) r->high = units - step;
             if (r->low > power_of_10(MOST_WHOLE + r->scale) - 1 ||
                 r->high < 1 - power_of_10(MOST_WHOLE + r->scale))
-                refuse(c, m, bounds[i].keyword, "no number below 10^18 is left");
+                reject(c, m, "no number below 10^18 is left");
         }
     r->exponent = !whole && n_bounds == 0;
     return r->low <= r->high;
@@ -5776,8 +5875,9 @@ static uint32_t digits_left(const Numbers *r, const Digits *d) {
     if (d->whole + most > MOST_WHOLE) most = MOST_WHOLE - d->whole;
     for (int more = d->whole == 0; more <= most; more++) {
         int behind = d->pointed ? d->fraction + (d->fraction == 0) : 0;
-        int most_behind = d->fraction + room - more;
+        int most_behind = USUAL_DIGITS - d->whole - more;
         if (most_behind > r->scale) most_behind = r->scale;
+        if (most_behind < 0) most_behind = 0;  // whole numbers may have more digits
         if (behind > most_behind || !reaches(r, d, more, most_behind)) continue;
         while (!reaches(r, d, more, behind)) behind++;     // it ends at most_behind
         best = lesser(best, (uint32_t)(more + behind - d->fraction + (behind && !d->pointed)));
@@ -5793,10 +5893,48 @@ static void add_numbers(Schema *c, Value *v, Entries flat, bool whole) {
         add_atom(c, v, atom);
 }
 
+// A number modulo a whole one of at most 10^MOST_WHOLE, neither negative.
+static Wide remainder_of(Decimal d, Wide divisor) {
+    Wide rest = d.digits % divisor;
+    for (int i = 0; i < d.exponent && rest; i++) rest = rest * 10 % divisor;
+    return rest;
+}
+
+// Less than 0, 0 or more, as x is less than y, equal or more: exactly.
+static int compare_decimals(Decimal x, Decimal y) {
+    int sign_x = x.digits < 0 ? -1 : x.digits > 0, sign_y = y.digits < 0 ? -1 : y.digits > 0;
+    if (sign_x != sign_y || sign_x == 0) return sign_x - sign_y;
+    int whole_x = decimal_digits(x) + x.exponent, whole_y = decimal_digits(y) + y.exponent;
+    if (whole_x != whole_y) return whole_x < whole_y ? -sign_x : sign_x;
+    for (; x.exponent > y.exponent; x.exponent--) x.digits *= 10;      // as many as the other has
+    for (; y.exponent > x.exponent; y.exponent--) y.digits *= 10;
+    return x.digits < y.digits ? -1 : x.digits > y.digits;
+}
+
+static bool fits_number(Schema *c, Entries flat, Item *v) {
+    Decimal d, bound;
+    bool exclusive;
+    Item *m;
+    if (!decimal_of(v, &d)) {
+        reject(c, v, "a number of more than 36 digits");
+        return false;
+    }
+    for (int i = 0; i < 4; i++)
+        for (int at = 0; next_bound(flat, i, &at, &bound, &exclusive);) {
+            int order = bounds[i].low ? compare_decimals(d, bound) : compare_decimals(bound, d);
+            if (order < 0 || (order == 0 && exclusive)) return false;
+        }
+    if (d.digits < 0) d.digits = -d.digits;
+    for (int at = 0; (m = next_keyword(flat, "multipleOf", &at)) != NULL;) {
+        decimal_of(m, &bound);
+        if (d.exponent < 0 || remainder_of(d, in_units(bound, 0, true))) return false;
+    }
+    return true;
+}
+
 // Does a value that stands in the schema fit all of them? Of one with children only what it is.
 static bool fits_scalar(Schema *c, Entries flat, Item *v) {
     Decimal d;
-    Language l;
     static const int type_of[] = { T_NULL, T_BOOLEAN, T_BOOLEAN, T_INTEGER | T_FRACTION, T_STRING,
                                    T_ARRAY, T_OBJECT };
     int its = type_of[v->kind];
@@ -5806,27 +5944,14 @@ static bool fits_scalar(Schema *c, Entries flat, Item *v) {
         if (flat.at[i].kind == CONSTANT && !same_item(flat.at[i].item, v)) return false;
         if (flat.at[i].kind != SCHEMA) continue;
         Item *constant = member_of(flat.at[i].item, "const");
-        Item *listed = member_of(flat.at[i].item, "enum"), *found = listed ? listed->first : NULL;
+        Item *listed = member_of(flat.at[i].item, "enum");
+        if (constant && !same_item(constant, v)) return false;
+        if (listed == NULL || listed == v->parent) continue;
+        Item *found = listed->first;
         while (found && !same_item(found, v)) found = found->next;
-        if ((constant && !same_item(constant, v)) || (listed && !found)) return false;
+        if (!found) return false;
     }
-    if (v->kind == IS_STRING)
-        return merged_language(c, flat, &l) == NULL && language_holds(&l, v->text, v->length);
-    bool exclusive;
-    Item *m;
-    for (int i = 0; v->kind == IS_NUMBER && i < 4; i++) {
-        Decimal bound;
-        for (int at = 0; next_bound(flat, i, &at, &bound, &exclusive);) {
-            Wide x = in_units(d, MOST_WHOLE, true), y = in_units(bound, MOST_WHOLE, true);
-            if ((bounds[i].low ? x < y : x > y) || (exclusive && x == y)) return false;
-        }
-    }
-    for (int at = 0; v->kind == IS_NUMBER && (m = next_keyword(flat, "multipleOf", &at)) != NULL;) {
-        Decimal factor;
-        if (!decimal_of(m, &factor) || factor.exponent < 0) continue;
-        if (d.exponent < 0 || in_units(d, 0, true) % in_units(factor, 0, true)) return false;
-    }
-    return true;
+    return v->kind != IS_NUMBER || fits_number(c, flat, v);
 }
 
 // The schemas of an array's items by their place: the list of the first ones, and the one of the
@@ -5870,8 +5995,9 @@ static void add_array(Schema *c, Value *v, Entries flat) {
         if (first && (uint32_t)first->n > l->n_first) l->n_first = (uint32_t)first->n;
     }
     if (l->least > l->most) return;
-    if (l->least > MOST_LISTED) {
-        refuse(c, first_item(flat), "minItems", "more than 65536");
+    c->cells += l->least + 1;
+    if (c->cells > MOST_NEEDS) {
+        reject(c, first_item(flat), many_cells);
         return;
     }
     l->first = take(&c->arena, (l->n_first + 1) * sizeof *l->first);
@@ -5886,7 +6012,7 @@ static void add_array(Schema *c, Value *v, Entries flat) {
 }
 
 typedef struct { const char *text; size_t n; bool forbidden, required; } Name;
-typedef struct { Name *at; int n; size_t room; } Names;
+typedef struct { Name *at; int n; size_t room; bool impossible; } Names;
 
 static Name *find_name(Names *names, const char *text, size_t n) {
     for (int i = 0; i < names->n; i++)
@@ -5897,7 +6023,7 @@ static Name *find_name(Names *names, const char *text, size_t n) {
 }
 
 // The names that the schemas speak of: those that have a schema in their order, then others that
-// are required, or forbidden.
+// are required, then others that are forbidden.
 static Names find_names(Entries flat) {
     Names names = {0};
     for (int i = 0; i < flat.n; i++) {
@@ -5909,13 +6035,18 @@ static Names find_names(Entries flat) {
             find_name(&names, m->name, m->name_length)->required |= constant;
     }
     for (int i = 0; i < flat.n; i++) {
-        Item *object = flat.at[i].item;
-        Item *required = flat.at[i].kind == CONSTANT ? NULL : member_of(object, "required");
-        for (Item *m = required ? required->first : NULL; m; m = m->next) {
+        Item *required = flat.at[i].kind == SCHEMA ? member_of(flat.at[i].item, "required") : NULL;
+        for (Item *m = required ? required->first : NULL; m; m = m->next)
+            find_name(&names, m->text, m->length)->required = true;
+    }
+    for (int i = 0; i < flat.n; i++) {         // not all of these: none that is not required
+        if (flat.at[i].kind != FORBIDS) continue;
+        bool any = false;
+        for (Item *m = member_of(flat.at[i].item, "required")->first; m; m = m->next) {
             Name *name = find_name(&names, m->text, m->length);
-            if (flat.at[i].kind == FORBIDS) name->forbidden = true;
-            else name->required = true;
+            if (!name->required) name->forbidden = any = true;
         }
+        names.impossible |= !any;
     }
     return names;
 }
@@ -5976,7 +6107,7 @@ static const char *find_free(Schema *c, Entries flat, Members *m) {
     }
     m->names = (Language){ .automaton = both ? both : c->any, .most = BEYOND - 1, .json = true };
     m->any_name = both == NULL;
-    if (!flaw) flaw = find_needs(&c->arena, &m->names);
+    if (!flaw) flaw = find_needs(&c->arena, &m->names, &c->cells);
     if (open && !flaw) m->free = value_of(c, e);
     return flaw == nothing_matches ? NULL : flaw;
 }
@@ -6045,7 +6176,7 @@ static uint32_t count_names(Arena *arena, const Language *l, uint32_t most, uint
 
 // Where an object must have members, free names are counted, so that there are always enough.
 static bool count_free_names(Schema *c, Members *m) {
-    uint32_t most = m->least + m->n_taken, found;
+    uint32_t most = m->least - lesser(m->least, m->required[0]) + m->n_taken, found;
     if (m->least == 0 || m->free == NULL) return true;
     found = count_names(&c->arena, &m->names, most, &m->name_bytes);
     if (found < most) m->name_bytes = 0;
@@ -6058,12 +6189,12 @@ static void add_object(Schema *c, Value *v, Entries flat) {
     m->least = merged_count(flat, "minProperties", true, 0);
     m->most = merged_count(flat, "maxProperties", false, BEYOND - 1);
     const char *flaw = find_free(c, flat, m);
-    if (flaw) refuse(c, first_item(flat), "patternProperties", flaw);
+    if (flaw) reject(c, first_item(flat), flaw);
     Names names = find_names(flat);
     size_t n = (size_t)names.n;
     Word *words = take(&c->arena, (n + 1) * sizeof *words);
     Word *taken = take(&c->arena, (n + 1) * sizeof *taken);
-    bool possible = m->least <= m->most;
+    bool possible = m->least <= m->most && !names.impossible;
     for (int i = 0; i < names.n; i++) {
         const Value *value = value_named(c, flat, &names.at[i]);
         Word w = name_word(c, &names.at[i]);
@@ -6078,14 +6209,16 @@ static void add_object(Schema *c, Value *v, Entries flat) {
     required[m->n] = 0;
     for (uint32_t i = m->n; i-- > 0;) required[i] = required[i + 1] + words[i].required;
     if (m->n) qsort(words, m->n, sizeof *words, by_word);
+    if (m->n_taken) qsort(taken, m->n_taken, sizeof *taken, by_word);
     for (uint32_t i = 0; i < m->n; i++) order[words[i].number] = i;
     m->words = words, m->taken = taken, m->order = order, m->required = required;
     if (!possible || required[0] > m->most) return;
-    if ((m->n + 1ull) * (m->least + 1ull) > MOST_NEEDS) {
-        refuse(c, first_item(flat), "minProperties", "times the properties is more than 1048576");
+    c->cells += (m->n + 1ull) * (m->least + 1ull);
+    if (c->cells > MOST_NEEDS) {
+        reject(c, first_item(flat), many_cells);
         return;
     }
-    if (!count_free_names(c, m) && m->least > m->n) m->free = NULL;
+    if (!count_free_names(c, m) && m->least > m->n) return;
     for (int quoted = 0; quoted < 2; quoted++) {
         size_t size = (m->n + 1) * (m->least + 1);
         Cost *left = take(&c->arena, size * sizeof *left);
@@ -6095,8 +6228,8 @@ static void add_object(Schema *c, Value *v, Entries flat) {
     add_atom(c, v, atom);
 }
 
-// A value behind a text that takes plain[0] tokens, or plain[1] with the quote that opens a string;
-// and what follows it, with and without a quote that is due.
+// A value behind a text that takes so many tokens without the quote that opens a string, and with
+// it; and what follows the value, without and with a quote that is due.
 static Cost value_cost(const Value *v, uint32_t without, uint32_t with, Cost after,
                        Cost after_quoted) {
     return cheaper(and_tokens(both_costs(v->whole, after), without),
@@ -6113,18 +6246,18 @@ static Cost list_left(const List *l, uint32_t count, bool quoted) {
 }
 
 static Cost update_list(const Vocabulary *v, List *l) {
-    Cost *plain = (Cost *)l->left[0], *quoted = (Cost *)l->left[1];
-    plain[l->least] = (Cost){ tokens_of(v, "]"), 0 };
-    quoted[l->least] = (Cost){ tokens_of(v, "\"]"), 0 };
-    uint32_t comma = tokens_of(v, ","), comma_quote = tokens_of(v, ",\"");
-    uint32_t quote_comma = tokens_of(v, "\","), both = tokens_of(v, "\",\"");
+    Cost *plain = l->left[0], *quoted = l->left[1];
+    plain[l->least] = (Cost){ v->glue[CLOSE_LIST], 0 };
+    quoted[l->least] = (Cost){ v->glue[QUOTE_CLOSE_LIST], 0 };
+    uint32_t comma = v->glue[COMMA], comma_quote = v->glue[COMMA_QUOTE];
+    uint32_t quote_comma = v->glue[QUOTE_COMMA], both = v->glue[QUOTE_COMMA_QUOTE];
     for (uint32_t i = l->least; i-- > 1;) {
         const Value *item = item_value(l, i);
         plain[i] = value_cost(item, comma, comma_quote, plain[i + 1], quoted[i + 1]);
         quoted[i] = value_cost(item, quote_comma, both, plain[i + 1], quoted[i + 1]);
     }
-    if (l->least == 0) return (Cost){ tokens_of(v, "[]"), 0 };
-    return value_cost(item_value(l, 0), tokens_of(v, "["), tokens_of(v, "[\""), plain[1],
+    if (l->least == 0) return (Cost){ v->glue[EMPTY_LIST], 0 };
+    return value_cost(item_value(l, 0), v->glue[OPEN_LIST], v->glue[OPEN_LIST_QUOTE], plain[1],
                       quoted[1]);
 }
 
@@ -6139,18 +6272,19 @@ static Cost free_cost(const Vocabulary *v, const Members *m, uint32_t joined, Co
                       Cost after_quoted) {
     if (m->free == NULL || m->name_bytes == 0) return no_way;
     uint32_t name = plus(joined, m->name_bytes);
-    return value_cost(m->free, plus(name, tokens_of(v, "\":")), plus(name, tokens_of(v, "\":\"")),
+    return value_cost(m->free, plus(name, v->glue[QUOTE_COLON]),
+                      plus(name, v->glue[QUOTE_COLON_QUOTE]),
                       after, after_quoted);
 }
 
 static Cost update_members(const Vocabulary *v, Members *m) {
-    Cost *plain = (Cost *)m->left[0], *quoted = (Cost *)m->left[1], open = no_way;
+    Cost *plain = m->left[0], *quoted = m->left[1], open = no_way;
     uint32_t width = m->least + 1, end = m->n * width;
-    plain[end] = (Cost){ tokens_of(v, "}"), 0 };
-    quoted[end] = (Cost){ tokens_of(v, "\"}"), 0 };
+    plain[end] = (Cost){ v->glue[CLOSE_OBJECT], 0 };
+    quoted[end] = (Cost){ v->glue[QUOTE_CLOSE_OBJECT], 0 };
     for (uint32_t k = 1; k < width; k++) {     // a quote that is due is a token more at most
         Cost after = plain[end + k - 1];
-        plain[end + k] = free_cost(v, m, tokens_of(v, ",\""), after, and_tokens(after, 1));
+        plain[end + k] = free_cost(v, m, v->glue[COMMA_QUOTE], after, and_tokens(after, 1));
         quoted[end + k] = and_tokens(plain[end + k], 1);
     }
     for (uint32_t i = m->n; i-- > 0;)
@@ -6165,7 +6299,7 @@ static Cost update_members(const Vocabulary *v, Members *m) {
             plain[at] = cheaper(plain[at], plain[next + k]);
             quoted[at] = cheaper(quoted[at], quoted[next + k]);
         }
-    if (m->least == 0 && m->required[0] == 0) return (Cost){ tokens_of(v, "{}"), 0 };
+    if (m->least == 0 && m->required[0] == 0) return (Cost){ v->glue[EMPTY_OBJECT], 0 };
     for (uint32_t i = 0; i < m->n; i++) {
         const Word *w = &m->words[m->order[i]];
         size_t behind = (i + 1) * width + (m->least ? m->least - 1 : 0);
@@ -6174,7 +6308,7 @@ static Cost update_members(const Vocabulary *v, Members *m) {
         if (w->required) return open;
     }
     Cost after = plain[end + m->least - 1];
-    return cheaper(open, free_cost(v, m, tokens_of(v, "{\""), after, and_tokens(after, 1)));
+    return cheaper(open, free_cost(v, m, v->glue[OPEN_OBJECT_QUOTE], after, and_tokens(after, 1)));
 }
 
 static Cost cost_of(const Schema *c, Atom *a) {
@@ -6198,10 +6332,11 @@ static Cost cost_of(const Schema *c, Atom *a) {
 
 // Finds the costs of all values, which rest on each other, until none becomes less.
 static void find_costs(Schema *c) {
-    for (bool changed = true; changed;) {
+    bool changed = true;
+    for (int round = 0; changed; round++) {    // from both ends in turn: chains run either way
         changed = false;
-        for (int i = c->n_values; i-- > 0;) {
-            Value *v = c->values[i];
+        for (int at = 0; at < c->n_values; at++) {
+            Value *v = c->values[round % 2 ? at : c->n_values - 1 - at];
             for (int k = 0; k < v->n; k++) {
                 Atom *a = v->atoms[k];
                 Cost cost = cost_of(c, a), *least = a->quoted ? &v->inner : &v->whole;
@@ -6235,7 +6370,7 @@ static Item *only_required(Item *schema) {
 
 static bool all_only_required(Item *list) {
     for (Item *s = list->first; s; s = s->next)
-        if (!only_required(s)) return false;
+        if (!only_required(s) || only_required(s)->n == 0) return false;
     return true;
 }
 
@@ -6257,10 +6392,11 @@ static Entries with_others(Schema *c, Item *schema, Entries due) {
     if (any) due = with_entry(c, due, any, ONE_AMONG);
     if (one) due = with_entry(c, due, one, ONE_AMONG);
     if (one) note_one_of(c, one);
-    for (int i = all ? all->n : 0; i-- > 0;) {
-        Item *s = all->first;
-        while (s->index != i) s = s->next;
-        due = with_entry(c, due, s, SCHEMA);
+    int first = due.n;
+    for (Item *s = all ? all->first : NULL; s; s = s->next) due = with_entry(c, due, s, SCHEMA);
+    for (int i = first, last = due.n - 1; i < last; i++, last--) {     // the first comes first
+        Entry swapped = due.at[i];
+        due.at[i] = due.at[last], due.at[last] = swapped;
     }
     Item *target = reference ? follow_reference(c, reference) : NULL;
     return target ? with_entry(c, due, target, SCHEMA) : due;
@@ -6269,16 +6405,21 @@ static Entries with_others(Schema *c, Item *schema, Entries due) {
 // What a value may be where all of these hold and no alternative is open any more.
 static void add_atoms(Schema *c, Value *v, Entries flat) {
     Item *listed = NULL;
+    bool several = false;                      // the first of an enum
     for (int i = 0; i < flat.n && !listed; i++) {
         Item *schema = flat.at[i].kind == SCHEMA ? flat.at[i].item : NULL;
         if (flat.at[i].kind == CONSTANT) listed = flat.at[i].item;
         else if (schema && member_of(schema, "const")) listed = member_of(schema, "const");
-        else if (schema && member_of(schema, "enum")) listed = member_of(schema, "enum")->first;
+        else if (schema && member_of(schema, "enum"))
+            listed = member_of(schema, "enum")->first, several = true;
     }
-    bool several = listed && is_text(listed->parent ? listed->parent->name : "",
-                                     listed->parent ? listed->parent->name_length : 0, "enum");
+    Language l;
+    const char *flaw = listed ? merged_language(c, flat, &l) : NULL;
+    if (flaw && flaw != nothing_matches) reject(c, first_item(flat), flaw);
     for (Item *one = listed; one; one = several ? one->next : NULL) {
+        bool text = one->kind == IS_STRING;
         if (!fits_scalar(c, flat, one)) continue;
+        if (text && (flaw || !language_holds(&l, one->text, one->length))) continue;
         Entries its = with_entry(c, flat, one, CONSTANT);
         if (one->kind == IS_LIST) add_array(c, v, its);
         else if (one->kind == IS_OBJECT) add_object(c, v, its);
@@ -6299,8 +6440,12 @@ static void add_atoms(Schema *c, Value *v, Entries flat) {
 
 // Goes through all combinations of alternatives: `due` is still to be looked at, `flat` holds.
 static void expand(Schema *c, Value *v, Entries due, Entries flat) {
+    if (c->arena.size + c->scratch.size > MOST_MEMORY) {
+        reject(c, first_item(v->entries), "it takes more than 256 MB of memory");
+        return;
+    }
     if (++c->expansions > MOST_EXPANSIONS) {
-        refuse(c, v->entries.at[0].item, "anyOf", "more than 10000 combinations of alternatives");
+        reject(c, first_item(v->entries), "more than 10000 combinations of alternatives");
         return;
     }
     while (due.n > 0) {
@@ -6309,11 +6454,13 @@ static void expand(Schema *c, Value *v, Entries due, Entries flat) {
         if (e.kind == ONE_AMONG) {
             bool exclude = is_text(e.item->name, e.item->name_length, "oneOf") &&
                            all_only_required(e.item);
-            for (Item *s = e.item->first; s; s = s->next) {
-                Entries its = with_entry(c, due, s, SCHEMA);
+            for (Item *s = e.item->first; s && c->refusals.n == 0; s = s->next) {
+                Mark mark = arena_mark(&c->scratch);
+                Entries its = with_entry(c, copy_entries(&c->scratch, due), s, SCHEMA);
                 for (Item *o = exclude ? e.item->first : NULL; o; o = o->next)
                     if (o != s) its = with_entry(c, its, o, FORBIDS);
-                expand(c, v, its, flat);
+                expand(c, v, its, copy_entries(&c->scratch, flat));
+                arena_reset(&c->scratch, mark);
             }
             return;
         }
@@ -6348,9 +6495,15 @@ static void build_value(Schema *c, Value *v) {
     Entries due = {0};
     for (int i = v->entries.n; i-- > 0;)       // the first is looked at first
         due = with_entry(c, due, v->entries.at[i].item, v->entries.at[i].kind);
+    Mark mark = arena_mark(&c->scratch);
     c->expansions = 0;
     expand(c, v, due, (Entries){0});
+    arena_reset(&c->scratch, mark);
     for (int quoted = 0; quoted < 2; quoted++) add_words(c, v, quoted);
+    int alike[OBJECT + 1] = {0};               // a frame has so many positions
+    for (int i = 0; i < v->n; i++)
+        if (++alike[v->atoms[i]->kind] > MOST_LIVE)
+            reject(c, first_item(v->entries), "more than 64 alternatives of one kind");
 }
 
 static bool word_in(const Atom *a, const Word *w) {
@@ -6366,7 +6519,8 @@ static bool words_exclude(const Atom *a, const Atom *b) {
         bool escaped = memchr(w->text, '\\', w->length) != NULL, may = false;
         if (b->kind == WORDS) may = word_in(b, w);
         else if (b->kind == STRING && a->quoted)
-            may = escaped || language_holds(&b->language, w->text + 1, w->length - 2);
+            may = escaped || b->language.formatted ||
+                  language_holds(&b->language, w->text + 1, w->length - 2);
         else if (b->kind == NUMBER) may = *w->text == '-' || isdigit((unsigned char)*w->text);
         if (may) return false;
     }
@@ -6376,6 +6530,7 @@ static bool words_exclude(const Atom *a, const Atom *b) {
 static bool strings_exclude(const Language *x, const Language *y) {
     Arena scratch = {0};
     const char *flaw = NULL;
+    if (x->formatted || y->formatted) return false;
     if (x->most < y->least || y->most < x->least) return true;
     automaton_of_both(&scratch, x->automaton, y->automaton, &flaw);
     arena_free(&scratch);
@@ -6393,10 +6548,10 @@ static const Word *member_word(const Members *m, const Word *name) {
     return NULL;
 }
 
-// Does nothing that we write as x fit y, since it lacks a member or has one too many?
+// Does nothing that fits x fit y, since it lacks a member or has one too many?
 static bool members_exclude(const Members *x, const Members *y) {
     for (const Word *w = y->words; w < y->words + y->n; w++)
-        if (w->required && !x->free && !member_word(x, w)) return true;
+        if (w->required && x->closed && !x->free && !member_word(x, w)) return true;
     for (const Word *w = x->words; w < x->words + x->n; w++)
         if (w->required && y->closed && !y->free && !member_word(y, w)) return true;
     return false;
@@ -6418,7 +6573,7 @@ static bool atoms_exclude(const Atom *a, const Atom *b) {
     }
 }
 
-// Is it certain that what we write as one of two values does not fit the other's schema? Objects
+// Is it certain that nothing fits both of two values' schemas? Objects
 // may differ in a member that one of them must have, arrays in an item that both have.
 static bool values_exclude(const Value *x, const Value *y, int depth) {
     enum { DEEPEST = 3 };
@@ -6459,8 +6614,8 @@ static void build_values(Schema *c) {
             for (Item *o = c->one_ofs[i]->first; o != s; o = o->next)
                 apart &= values_exclude(value_of_schema(c, s), value_of_schema(c, o), 0);
         if (!apart)
-            refuse(c, c->one_ofs[i], "oneOf", "its alternatives are not certain to exclude each "
-                                              "other; anyOf does where that is no matter");
+            refuse(c, c->one_ofs[i], "its alternatives are not certain to exclude each other; "
+                                     "anyOf does where that is no matter");
     }
 }
 
@@ -6482,6 +6637,7 @@ static void schema_free(Schema *c) {
     free(c->values);
     free(c->due);
     free(c->one_ofs);
+    arena_free(&c->scratch);
     arena_free(&c->arena);
     free(c);
 }
@@ -6490,7 +6646,7 @@ static void schema_free(Schema *c) {
 static void find_least(Schema *c) {
     Cost quoted = and_tokens(c->value->inner, 2), least = cheaper(quoted, c->value->whole);
     c->least_tokens = least.depth <= MAX_DEPTH ? least.tokens : BEYOND;
-    if (c->least_tokens == BEYOND) refuse(c, c->root, "schema", "nothing fits it");
+    if (c->least_tokens == BEYOND) reject(c, c->root, "nothing fits it");
 }
 
 // A schema, ready to be used if it has no refusals.
@@ -6526,7 +6682,7 @@ static Schema *schema_of_pattern(const Vocabulary *v, const char *pattern) {
     Atom atom = { .kind = STRING, .language = { .most = BEYOND - 1 } };
     const char *flaw;
     atom.language.automaton = automaton_of(&c->arena, pattern, strlen(pattern), true, &flaw);
-    if (!flaw) flaw = find_needs(&c->arena, &atom.language);
+    if (!flaw) flaw = find_needs(&c->arena, &atom.language, &c->cells);
     if (flaw) {
         Bytes line = {0};
         append_string(&line, flaw);
@@ -6685,7 +6841,8 @@ static bool read_digit(const Numbers *r, Digits *d, uint8_t byte) {
     if (byte == '-' && !d->negative && d->whole == 0) d->negative = true;
     else if (byte == '.' && !d->pointed && d->whole > 0) d->pointed = true;
     else if (!digit || (!d->pointed && d->whole && d->digits == 0) ||
-             d->whole + d->fraction >= r->most_digits || d->fraction >= r->scale + !d->pointed ||
+             d->whole + d->fraction >= (d->pointed ? USUAL_DIGITS : r->most_digits) ||
+             d->fraction >= r->scale + !d->pointed ||
              (!d->pointed && d->whole >= MOST_WHOLE)) return false;
     else {
         d->digits = d->digits * 10 + (byte - '0');
@@ -6695,12 +6852,12 @@ static bool read_digit(const Numbers *r, Digits *d, uint8_t byte) {
     return digits_left(r, d) < BEYOND;
 }
 
-// The letters of a free name, the last one first, as they are written; and the names of an object
-// that have been used.
+// The letters of a free name as they are written, the last one first; and names that an object has
+// used.
 typedef struct Letter Letter;
-struct Letter { const Letter *before; uint32_t length; char byte; };
+struct Letter { const Letter *before; char byte; };
 typedef struct Used Used;
-struct Used { const Used *before; const Letter *name; };
+struct Used { const Used *before; const char *text; uint32_t length; };
 
 typedef enum {
     OPENING,                       // nothing is written of it
@@ -6719,14 +6876,15 @@ typedef struct {
     uint64_t serves;               // the positions of the frame below whose value this is
     uint32_t rest[2];              // tokens needed behind its value; and where its closing quote
                                    // is one's beginning
-    uint32_t at, low, high;        // IN_WORD, IN_NAME: bytes read, the words that are possible
+    uint32_t at, low, high;        // bytes read of a word or name; of the words, the names or, in a
+                                   // free name, those that are taken: which begin so
     uint32_t count, next;          // items or members written; the first member that may follow
     Phase phase;
     bool free;                     // the value is that of a free name
     Reader reader;                 // of a string or a free name
     Digits digits;
     const Letter *name;
-    const Used *used;
+    const Used *used, *alike;      // all of its object; those that begin as this free name does
 } Position;
 
 typedef struct Frame Frame;
@@ -6737,34 +6895,36 @@ struct Frame {
     Position at[];
 };
 
-enum { MOST_LIVE = 64 };           // positions of a frame: the bits of `serves`
-
-static bool same_letters(const Letter *x, const Letter *y) {
-    uint32_t n = x ? x->length : 0;
-    if (n != (y ? y->length : 0)) return false;
-    for (; x && x->byte == y->byte; x = x->before, y = y->before) {}
-    return x == NULL;
+// The byte of a word at a place; -1 behind its end.
+static int byte_at(const Word *w, uint32_t at) {
+    return at < w->length ? (uint8_t)w->text[at] : -1;
 }
 
-// Do these letters begin a word, or, `whole`, are they it?
-static bool letters_begin(const Letter *x, const Word *w, bool whole) {
-    uint32_t n = x ? x->length : 0;
-    if (whole ? n != w->length : n > w->length) return false;
-    for (; x && x->byte == w->text[x->length - 1]; x = x->before) {}
-    return x == NULL;
-}
-
-// How many names that are not free, or used, begin with the letters so far, or are they.
-static uint32_t names_taken(const Position *p, bool whole) {
-    const Members *m = &p->atom->members;
-    uint32_t n = p->name ? p->name->length : 0, taken = 0;
-    for (const Word *w = m->taken; w < m->taken + m->n_taken; w++)
-        taken += letters_begin(p->name, w, whole);
-    for (const Used *u = p->used; u; u = u->before) {
-        const Letter *other = u->name;
-        while (!whole && other && other->length > n) other = other->before;
-        taken += same_letters(other, p->name);
+// The first of the sorted words low to high whose byte at a place is not below this one.
+static uint32_t first_word(const Word *words, uint32_t low, uint32_t high, uint32_t at, int byte) {
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (byte_at(&words[middle], at) < byte) low = middle + 1;
+        else high = middle;
     }
+    return low;
+}
+
+// Of the words that are possible those that go on with this byte. False: none.
+static bool narrow(const Word *words, Position *p, uint8_t byte) {
+    p->low = first_word(words, p->low, p->high, p->at, byte);
+    p->high = first_word(words, p->low, p->high, p->at, byte + 1);
+    p->at++;
+    return p->low < p->high;
+}
+
+// Does a name that is not free, or was used, begin with the letters so far?
+static bool begins_taken(const Position *p) { return p->low < p->high || p->alike; }
+
+// Are they such a name?
+static bool is_taken(const Position *p) {
+    bool taken = p->low < p->high && p->atom->members.taken[p->low].length == p->at;
+    for (const Used *u = p->alike; u; u = u->before) taken |= u->length == p->at;
     return taken;
 }
 
@@ -6788,13 +6948,39 @@ static bool may_close(const Position *p) {
     return p->count >= m->least && m->required[p->next] == 0;
 }
 
+// A free name begins.
+static void begin_name(Position *p) {
+    p->phase = IN_FREE_NAME, p->reader = (Reader){0}, p->name = NULL;
+    p->at = p->low = 0, p->high = p->atom->members.n_taken;
+    p->alike = p->used;
+}
+
 // One byte more of a free name, whatever names are taken.
 static bool read_letter(Arena *arena, Position *p, uint8_t byte) {
     if (!read_byte(&p->atom->members.names, &p->reader, byte)) return false;
+    const Used *alike = NULL;
+    for (const Used *u = p->alike; u; u = u->before) {
+        if (u->length <= p->at || (uint8_t)u->text[p->at] != byte) continue;
+        Used *one = take(arena, sizeof *one);
+        *one = (Used){ alike, u->text, u->length };
+        alike = one;
+    }
     Letter *letter = take(arena, sizeof *letter);
-    *letter = (Letter){ p->name, p->name ? p->name->length + 1 : 1, (char)byte };
-    p->name = letter;
+    *letter = (Letter){ p->name, (char)byte };
+    p->name = letter, p->alike = alike;
+    narrow(p->atom->members.taken, p, byte);
     return true;
+}
+
+// A free name is whole: it is one of those used.
+static void use_name(Arena *arena, Position *p) {
+    char *text = take(arena, p->at + 1);
+    uint32_t at = p->at;
+    for (const Letter *l = p->name; l; l = l->before) text[--at] = l->byte;
+    Used *used = take(arena, sizeof *used);
+    *used = (Used){ p->used, text, p->at };
+    p->phase = BEFORE_COLON, p->used = used, p->free = true;
+    p->name = NULL, p->alike = NULL;
 }
 
 // The fewest bytes that make a free name of the letters so far. Where names that are taken begin
@@ -6802,14 +6988,13 @@ static bool read_letter(Arena *arena, Position *p, uint8_t byte) {
 static uint32_t name_left(Arena *arena, const Position *p, uint32_t most) {
     const Language *names = &p->atom->members.names;
     uint32_t best = BEYOND, least = reader_left(names, &p->reader);
-    if (least > most || names_taken(p, false) == 0) return least;
-    if (read_whole(names, &p->reader) && names_taken(p, true) == 0) return 0;
+    if (least > most || !begins_taken(p)) return least;
+    if (read_whole(names, &p->reader) && !is_taken(p)) return 0;
     for (int pass = 0; pass < 2; pass++)       // first those that no taken name begins with
         for (int byte = 0; byte < 256 && best > 1; byte++) {
             Mark mark = arena_mark(arena);
             Position next = *p;
-            if (read_letter(arena, &next, (uint8_t)byte) &&
-                (names_taken(&next, false) > 0) == (pass == 1))
+            if (read_letter(arena, &next, (uint8_t)byte) && begins_taken(&next) == (pass == 1))
                 best = lesser(best, plus(1, name_left(arena, &next, lesser(best, most) - 1)));
             arena_reset(arena, mark);
         }
@@ -6860,11 +7045,11 @@ static Cost name_cost(Arena *arena, const Vocabulary *v, const Position *p) {
     bool first = p->phase == IN_NAME && p->at == 0;
     if (!(first && may_be_free(p)) && p->phase != IN_FREE_NAME) return best;
     Position free = *p;
+    if (first) begin_name(&free);
     free.free = true;
-    if (first) free.reader = (Reader){0}, free.name = NULL;
     uint32_t name = plus(name_left(arena, &free, BEYOND), first);
-    return cheaper(best, due_cost(&free, plus(name, tokens_of(v, "\":")),
-                                  plus(name, tokens_of(v, "\":\""))));
+    return cheaper(best, due_cost(&free, plus(name, v->glue[QUOTE_COLON]),
+                                  plus(name, v->glue[QUOTE_COLON_QUOTE])));
 }
 
 // The fewest tokens from a position to the end of the whole text.
@@ -6882,7 +7067,7 @@ static uint32_t position_left(Arena *arena, const Vocabulary *v, const Position 
     case IN_STRING: cost.tokens = reader_left(&a->language, &p->reader); break;
     case IN_NUMBER: cost.tokens = digits_left(&a->numbers, &p->digits); break;
     case IN_NAME: case IN_FREE_NAME: cost = name_cost(arena, v, p); break;
-    case BEFORE_COLON: cost = due_cost(p, 1, tokens_of(v, ":\"")); break;
+    case BEFORE_COLON: cost = due_cost(p, 1, v->glue[COLON_QUOTE]); break;
     case BEFORE_ITEM:
         if (p->atom->list.least == 0) cost.tokens = 1;
         if (p->atom->list.most > 0) cost = cheaper(cost, due_cost(p, 0, 1));
@@ -6912,29 +7097,6 @@ typedef struct {
     Arena *arena;                  // frames are taken from it
 } Walk;
 
-// The byte of a word at a place; -1 behind its end.
-static int byte_at(const Word *w, uint32_t at) {
-    return at < w->length ? (uint8_t)w->text[at] : -1;
-}
-
-// The first of the sorted words low to high whose byte at a place is not below this one.
-static uint32_t first_word(const Word *words, uint32_t low, uint32_t high, uint32_t at, int byte) {
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (byte_at(&words[middle], at) < byte) low = middle + 1;
-        else high = middle;
-    }
-    return low;
-}
-
-// Of the words that are possible those that go on with this byte. False: none.
-static bool narrow(const Word *words, Position *p, uint8_t byte) {
-    p->low = first_word(words, p->low, p->high, p->at, byte);
-    p->high = first_word(words, p->low, p->high, p->at, byte + 1);
-    p->at++;
-    return p->low < p->high;
-}
-
 // Is a value at its end that has no mark of its end: a number, a word without quotes, a text that
 // matches a pattern?
 static bool is_whole(const Position *p) {
@@ -6945,12 +7107,12 @@ static bool is_whole(const Position *p) {
     return read_whole(&a->language, &p->reader);
 }
 
-// What a byte makes of a position: 0 to 2 others, or ENDS_VALUE.
+// What a byte makes of a position: 0 to 2 others, or ENDS_VALUE. At first out[0] is a copy of the
+// position.
 enum { ENDS_VALUE = -1 };
 
 static int step_opening(const Position *p, uint8_t byte, Position *out) {
     const Atom *a = p->atom;
-    *out = *p;
     switch (a->kind) {
     case WORDS:
         out->phase = IN_WORD, out->high = a->n_words;
@@ -6975,7 +7137,6 @@ static int step_name(const Walk *w, const Position *p, uint8_t byte, Position *o
     bool first = p->at == 0, any = false;
     int n = 0;
     if (first && byte == '}') return p->count == 0 && may_close(p) ? ENDS_VALUE : 0;
-    *out = *p;
     if (narrow(m->words, out, byte)) {
         for (uint32_t i = out->low; i < out->high && !any; i++) any = may_come(out, &m->words[i]);
         if (any && m->words[out->low].length == out->at) out->phase = BEFORE_VALUE;
@@ -6984,25 +7145,20 @@ static int step_name(const Walk *w, const Position *p, uint8_t byte, Position *o
     if (!first || byte != '"' || !may_be_free(p)) return n;
     Position *free = &out[n];
     *free = *p;
-    free->phase = IN_FREE_NAME, free->reader = (Reader){0}, free->name = NULL;
+    begin_name(free);
     return n + (m->any_name || name_left(w->arena, free, BEYOND) < BEYOND);
 }
 
 static int step_free_name(const Walk *w, const Position *p, uint8_t byte, Position *out) {
-    const Language *names = &p->atom->members.names;
-    *out = *p;
     if (byte != '"' || p->reader.part != BETWEEN) return read_name(w->arena, out, byte);
-    Used *used = take(w->arena, sizeof *used);
-    *used = (Used){ p->used, p->name };
-    out->phase = BEFORE_COLON, out->used = used, out->free = true;
-    return read_whole(names, &p->reader) && names_taken(p, true) == 0;
+    use_name(w->arena, out);
+    return read_whole(&p->atom->members.names, &p->reader) && !is_taken(p);
 }
 
 // Behind a value: a comma, if there may be more, or the end.
 static int step_behind(const Walk *w, const Position *p, uint8_t byte, Position *out) {
     const Atom *a = p->atom;
     bool array = a->kind == ARRAY;
-    *out = *p;
     if (byte == (array ? ']' : '}')) return may_close(p) ? ENDS_VALUE : 0;
     if (byte != ',') return 0;
     if (array) {
@@ -7102,6 +7258,7 @@ static const Frame *open_value(const Walk *w, const Frame *f, uint8_t byte) {
             }
             Position opening = { .atom = v->atoms[k], .serves = 1ull << i,
                                  .rest = { rest[0], rest[1] } };
+            out[0] = opening;
             if (step_opening(&opening, byte, out)) add_position(w, next, out);
         }
     }
@@ -7178,15 +7335,24 @@ static Judged judge_text(const Walk *w, const char *text, size_t n) {
     return j;
 }
 
-// The name of a member that stands at text[0 .. n) is declared, or was used already?
+// Is the name of a member that stands at text[0 .. n) one that the schema names, or was it used?
 static bool is_declared(const Frame *f, const char *text, size_t n) {
-    for (int i = 0; i < f->n; i++)
-        for (uint32_t k = 0; k < f->at[i].atom->members.n_taken; k++) {
-            const Word *w = &f->at[i].atom->members.taken[k];
-            if (n > w->length + 1 && text[0] == '"' && text[w->length + 1] == '"' &&
-                memcmp(text + 1, w->text, w->length) == 0) return true;
-        }
+    for (int i = 0; i < f->n; i++) {
+        const Members *m = &f->at[i].atom->members;
+        for (const Word *w = m->words; w < m->words + m->n; w++)       // "name":
+            if (n > w->length && memcmp(text, w->text, w->length) == 0) return true;
+        for (const Used *u = f->at[i].used; u; u = u->before)
+            if (n > u->length + 1 && text[u->length + 1] == '"' &&
+                memcmp(text + 1, u->text, u->length) == 0) return true;
+    }
     return false;
+}
+
+// Does a fraction of zeros stand at text[0 .. n)?
+static bool is_no_fraction(const char *text, size_t n) {
+    size_t digits = 1;
+    while (digits < n && text[digits] == '0') digits++;
+    return digits > 1 && (digits == n || !isdigit((unsigned char)text[digits]));
 }
 
 // The decision of ours by which a text is refused that JSON Schema might accept; NULL: none is
@@ -7197,7 +7363,8 @@ static const char *decision(const Judged *j, const char *text, size_t n) {
     char c = j->at < n ? text[j->at] : 0;
     if (c && strchr(" \t\r", c) && phase != IN_STRING)
         return "white space is not written";
-    if (phase == IN_NUMBER && c && strchr(".eE", c) && f->at[0].atom->numbers.scale == 0)
+    bool whole = phase == IN_NUMBER && f->at[0].atom->numbers.scale == 0;
+    if (whole && (c == 'e' || c == 'E' || (c == '.' && is_no_fraction(text + j->at, n - j->at))))
         return "an integer is written without a fraction and an exponent";
     if (phase == IN_STRING && (c == 'u' || c == '/') && j->at && text[j->at - 1] == '\\')
         return "a character is written as itself, where it need not be escaped";
@@ -7225,8 +7392,8 @@ static bool append_verdict(Bytes *out, const Schema *c, const char *text, size_t
             if (step(&w, j.frame, (uint8_t)byte))
                 append_format(&list, "%s%c", expected++ ? " " : "", byte);
         if (j.frame->n == 0) append_string(out, "the end was expected");
-        else if (expected == 0) append_string(out, "something else was expected");
-        else if (expected > SHOWN) append_string(out, "something else was expected");
+        else if (expected == 0 || expected > SHOWN)
+            append_string(out, "something else was expected");
         else append_format(out, "%s%s was expected", expected > 1 ? "one of " : "", list.data);
         append_string(out, "; found ");
         size_t length = n - j.at < SHOWN ? n - j.at : SHOWN;
@@ -7345,45 +7512,33 @@ static const Frame *step_token(const Walk *w, const Frame *f, uint32_t token) {
     return n ? f : NULL;
 }
 
-// The tokens that go on with a free name so that it begins like one that is taken are looked at one
-// by one: something must be left to be written behind them. text[0 .. n) is the taken name's end.
-static void check_taken(Masker *k, const Walk *w, const Frame *f, const char *text, size_t n,
-                        uint32_t most) {
+// Of the tokens that go on with a free name so that it begins like one that is taken each is looked
+// at: something must be left to be written behind it. `f` holds the name's position alone.
+static void check_taken(Masker *k, const Walk *w, const Frame *f, uint32_t most) {
     const Trie *t = &k->vocabulary->all;
-    uint32_t node = n ? t->roots[(uint8_t)text[0]] : t->n;
-    for (size_t i = 1; node < t->n; i++) {
-        uint32_t token = t->nodes[node].token;
-        if (token != TOKENIZER_NONE) {
-            Mark mark = arena_mark(&k->arena);
-            const Frame *next = step_token(w, f, token);
+    k->marks[0] = arena_mark(&k->arena);
+    for (uint32_t i = 0; i < t->n;) {
+        const TrieNode *node = &t->nodes[i];
+        arena_reset(&k->arena, k->marks[node->depth]);
+        const Frame *next = step(w, node->depth ? k->path[node->depth - 1] : f, node->byte);
+        bool on_path = next && next->n && next->at[0].phase == IN_FREE_NAME;
+        if (on_path && !begins_taken(&next->at[0])) {      // the automaton has said all
+            i = node->end;
+            continue;
+        }
+        k->path[node->depth] = next;
+        k->marks[node->depth + 1] = arena_mark(&k->arena);
+        uint32_t end = next ? i + 1 : node->end;
+        for (uint32_t below = i; below < end; below++) {   // without a state nothing below it fits
+            uint32_t token = t->nodes[below].token;
+            if (token == TOKENIZER_NONE) continue;
             k->allowed[token / 64] &= ~(1ull << token % 64);
             if (next && frame_left(&k->arena, k->vocabulary, next) <= most)
                 set_bit(k->allowed, token);
-            arena_reset(&k->arena, mark);
         }
-        node = i < n ? trie_child(t, node, (uint8_t)text[i]) : t->n;
+        i = end;
     }
-}
-
-// The same for all names that are taken and begin with what there is of this one.
-static void check_all_taken(Masker *k, const Walk *w, const Frame *f, uint32_t most) {
-    const Position *p = &f->at[0];
-    const Members *m = &p->atom->members;
-    uint32_t begun = p->name ? p->name->length : 0;
-    for (const Word *name = m->taken; name < m->taken + m->n_taken; name++)
-        if (letters_begin(p->name, name, false))
-            check_taken(k, w, f, name->text + begun, name->length - begun, most);
-    for (const Used *u = p->used; u; u = u->before) {
-        const Letter *at = u->name;
-        Bytes rest = {0};
-        for (; at && at->length > begun; at = at->before) append(&rest, &at->byte, 1);
-        for (size_t i = 0; i < rest.size / 2; i++) {       // the last one came first
-            char last = rest.data[rest.size - 1 - i];
-            rest.data[rest.size - 1 - i] = rest.data[i], rest.data[i] = last;
-        }
-        if (same_letters(at, p->name)) check_taken(k, w, f, rest.data, rest.size, most);
-        free(rest.data);
-    }
+    arena_reset(&k->arena, k->marks[0]);
 }
 
 // The tokens that stay in a string or a free name, by its automaton alone.
@@ -7405,7 +7560,7 @@ static void find_inside(Masker *k, const Walk *w, const Frame *f, const Position
     if (!name || (roomy && p->atom->members.any_name)) return;
     Frame *alone = new_frame(w, f->below, 1);
     alone->at[alone->n++] = *p;
-    check_all_taken(k, w, alone, left - 1);
+    check_taken(k, w, alone, left - 1);
 }
 
 // The tokens that may follow when `left` of them may still be drawn, into k->allowed. Positions do
@@ -7433,7 +7588,7 @@ typedef struct {
     const Frame *frame;
     Arena arena;                   // holds it, and what it was before
     size_t kept;                   // bytes of it when it was last copied
-    int taken;                     // tokens
+    int drawn;                     // tokens
     bool ended;                    // nothing may follow them, or the last one ends a text
 } Constraint;
 
@@ -7453,7 +7608,7 @@ static const Used *copy_used(Arena *a, const Used *from) {
     const Used **at = &copy;
     for (; from; from = from->before) {
         Used *used = take_copy(a, from, sizeof *from);
-        used->name = copy_letters(a, from->name);
+        used->text = take_copy(a, from->text, from->length);
         *at = used;
         at = &used->before;
     }
@@ -7467,6 +7622,7 @@ static const Frame *copy_frame(Arena *a, const Frame *from) {
     for (int i = 0; i < f->n; i++) {
         f->at[i].name = copy_letters(a, from->at[i].name);
         f->at[i].used = copy_used(a, from->at[i].used);
+        f->at[i].alike = copy_used(a, from->at[i].alike);
     }
     return f;
 }
@@ -7482,24 +7638,26 @@ static void constraint_close(Constraint *c) {
     *c = (Constraint){0};
 }
 
-// A token that may follow has been drawn. What its text was is forgotten now and then.
-static void constraint_take(Constraint *c, uint32_t token) {
+// A token has been drawn, perhaps an end token. What its text was is forgotten now and then. False:
+// it may not follow.
+static bool constraint_take(Constraint *c, uint32_t token, bool end) {
     enum { FORGOTTEN = 1 << 18 };
     Walk w = { c->schema, c->schema->vocabulary, &c->arena };
-    const Frame *next = step_token(&w, c->frame, token);
-    c->taken++;
-    c->ended = next == NULL || must_end(&w, next);         // NULL: it is an end token
-    if (next == NULL) return;
+    const Frame *next = end ? NULL : step_token(&w, c->frame, token);
+    c->drawn++;
+    c->ended = next == NULL || must_end(&w, next);
+    if (next == NULL) return end && may_end(c->frame);
     c->frame = next;
-    if (c->arena.size < 2 * c->kept + FORGOTTEN) return;
+    if (c->arena.size < 2 * c->kept + FORGOTTEN) return true;
     Arena copy = {0};
     c->frame = copy_frame(&copy, next);
     arena_free(&c->arena);
     c->arena = copy, c->kept = copy.size;
+    return true;
 }
 
-// The only byte that may follow, of those that a structure is made of, or -1. Inside a string or a
-// number there are always several.
+// The only byte that may follow, of those that a structure is made of, or -1. Strings and numbers
+// are not asked: there it is seldom one, and each byte costs time. It serves for guesses alone.
 static int only_byte(const Walk *w, const Frame *f) {
     int found = -1;
     for (int i = 0; i < f->n; i++)
@@ -7535,7 +7693,7 @@ static uint32_t forced_token(const Walk *w, const Frame *f) {
 // ---- 16. Requests ----
 // A prompt and its continuations, from the reading to the last token: what they hold, what ends
 // them, and the pages that are promised to them. A request's life, of which the scheduler (room
-// 14) takes each step:
+// 17) takes each step:
 //
 //     read ──> WAITING ──> PREFILLING ──> RUNNING ──> DONE ──> delivered, freed
 //              for pages   its prompt     its continuations
@@ -7678,7 +7836,7 @@ static void accept_token(const Model *m, const Settings *s, Continuation *c) {
     if (find_stop(&s->stops, &c->text, old, &end, &n)) {
         c->reason = BY_STOP;
         c->text.size = end - n;
-    } else if (c->constraint.ended && c->n == c->constraint.taken) c->reason = BY_SCHEMA;
+    } else if (c->constraint.ended && c->n == c->constraint.drawn) c->reason = BY_SCHEMA;
     else if (is_end(m, token) && !s->ignore_eos) c->reason = BY_EOS;
     else if (c->n >= c->request->limit) c->reason = BY_LENGTH;
 }
@@ -7911,7 +8069,7 @@ typedef struct {
     Continuation *continuation;
     const float *logits;               // [rows][padded vocab]
     int rows, drawn;
-    enum { NO_FAULT, NOT_FINITE, PENALTY_OVERFLOWS } fault;
+    enum { NO_FAULT, NOT_FINITE, PENALTY_OVERFLOWS, NOTHING_FITS } fault;
 } Draw;
 
 // How long a pass takes by its rows: a line through those that were run, the last ones above all.
@@ -7971,7 +8129,7 @@ typedef struct { const Scheduler *s; Draw *draws; } DrawJob;
 static const uint64_t *allowed_tokens(const Scheduler *s, const Continuation *c, Masker *k) {
     const FileConfig *file = &s->m->file_config;
     const Frame *f = c->constraint.frame;
-    int left = c->request->limit - c->constraint.taken;
+    int left = c->request->limit - c->constraint.drawn;
     find_allowed(k, c->constraint.schema, f, (uint32_t)left);
     bool any = false;
     for (uint32_t i = 0; i < file->n_ends && may_end(f); i++) set_bit(k->allowed, file->ends[i]);
@@ -8001,6 +8159,7 @@ static void draw_piece(void *arg, int piece, int thread) {
             choice.unpenalized = !in_content(c->constraint.frame);
             choice.allowed = allowed_tokens(s, c, &s->maskers[thread]);
             c->constraint.ended = choice.allowed == NULL;
+            if (c->constraint.ended && !may_end(c->constraint.frame)) d->fault = NOTHING_FITS;
             if (c->constraint.ended) return;
         }
         uint32_t token = sample(&s->settings.sampling, &choice, &s->samplers[thread]);
@@ -8014,7 +8173,9 @@ static void draw_piece(void *arg, int piece, int thread) {
                        c->ranks + (long)n * (1 + likeliest));
         guessed = d->drawn + 1 < d->rows && c->chain.ids[d->drawn] == token;
         d->drawn++;
-        if (c->constraint.schema) constraint_take(&c->constraint, token);
+        bool end = is_end(s->m, token);
+        if (c->constraint.schema && !constraint_take(&c->constraint, token, end))
+            d->fault = NOTHING_FITS;
         guessed &= !c->constraint.ended;
     }
 }
@@ -8025,6 +8186,7 @@ static void check_draw(const Scheduler *s, const Draw *d) {
     if (d->fault == PENALTY_OVERFLOWS)
         die("--repetition-penalty %g makes logits overflow; one nearer to 1 does not",
             s->settings.sampling.penalty);
+    if (d->fault == NOTHING_FITS) die("a text cannot go on under its schema: a fault of kl3m");
     die_not_finite(s->m);
 }
 

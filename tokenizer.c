@@ -10,8 +10,8 @@
 //      leftmost of equals, becomes one token until no pair has a rank (BPE).
 //
 // The tables, one block, integers little-endian, written by export_weights.py:
-//   64 bytes  "BPETOK1\n", or "BPETOK2\n": texts become NFC; then u32 tokens, merge slots, edge slots, nodes, first root, second
-//             root, bytes of text, 0...
+//   64 bytes  "BPETOK1\n", or "BPETOK2\n": texts become NFC; then u32 tokens, merge slots, edge
+//             slots, nodes, first root, second root, bytes of text, 0...
 //   merges    [slots] { left, right, rank, token }
 //   edges     [slots] { node, byte, child, 0 }
 //             both hash tables of u32; slots are powers of two, an empty slot's first number is
@@ -853,6 +853,34 @@ static const char *flaw_of_tries(const Tokenizer *t, uint32_t nodes) {
 // A byte that UTF-8 never has; a vocabulary may have no token for it, and then it is left out.
 static bool never(int byte) { return byte == 0xC0 || byte == 0xC1 || byte > 0xF4; }
 
+// Checks what is found by an index: the flaw of what the tables hold, or NULL.
+static const char *flaw_of_contents(const Tokenizer *t, uint32_t nodes, uint32_t text_size) {
+    if (!quick_to_search(t->merges, t->merge_slots)) return "the table of merges is too full";
+    for (uint32_t i = 0; i < t->merge_slots; i++)
+        if ((t->merges[i].y >= t->tokens || t->merges[i].x == TOKENIZER_NONE) &&
+            t->merges[i].a != TOKENIZER_NONE)
+            return "a merge makes an unknown token";
+    if (!quick_to_search(t->edges, t->edge_slots)) return "the table of trie edges is too full";
+    const char *flaw = flaw_of_tries(t, nodes);
+    if (flaw) return flaw;
+    for (uint32_t i = 0; i < nodes; i++)
+        if (t->node_token[i] != TOKENIZER_NONE && t->node_token[i] >= t->tokens)
+            return "a trie ends in an unknown token";
+    for (int i = 0; i < 256; i++)
+        if (t->byte_token[i] >= t->tokens && !(t->byte_token[i] == TOKENIZER_NONE && never(i)))
+            return "a byte has no token";
+    if (t->text_offset[0] != 0 || t->text_offset[t->tokens] != text_size)
+        return "the tokens' texts are out of place";
+    for (uint32_t i = 0; i < t->tokens; i++) {
+        if (t->text_offset[i] > t->text_offset[i + 1]) return "the tokens' texts are out of order";
+        if (t->text_offset[i + 1] - t->text_offset[i] > LONGEST_TOKEN) return "a token is too long";
+    }
+    // An added token of no length would match everywhere without end.
+    if (t->node_token[t->root[0]] != TOKENIZER_NONE || t->node_token[t->root[1]] != TOKENIZER_NONE)
+        return "an added token is empty";
+    return NULL;
+}
+
 const char *tokenizer_open(Tokenizer *t, const void *tables, size_t size) {
     const uint32_t *header = tables;
     bool known = size >= 64 && (memcmp(tables, "BPETOK1\n", 8) == 0 ||
@@ -879,30 +907,8 @@ const char *tokenizer_open(Tokenizer *t, const void *tables, size_t size) {
     t->flags = (const uint8_t *)(t->text_offset + t->tokens + 1);
     t->text = (const char *)(t->flags + t->tokens);
 
-    if (!quick_to_search(t->merges, t->merge_slots)) return "the table of merges is too full";
-    for (uint32_t i = 0; i < t->merge_slots; i++)
-        if ((t->merges[i].y >= t->tokens || t->merges[i].x == TOKENIZER_NONE) &&
-            t->merges[i].a != TOKENIZER_NONE)
-            return "a merge makes an unknown token";
-    if (!quick_to_search(t->edges, t->edge_slots)) return "the table of trie edges is too full";
-    const char *flaw = flaw_of_tries(t, nodes);
+    const char *flaw = flaw_of_contents(t, nodes, text_size);
     if (flaw) return flaw;
-    for (uint32_t i = 0; i < nodes; i++)
-        if (t->node_token[i] != TOKENIZER_NONE && t->node_token[i] >= t->tokens)
-            return "a trie ends in an unknown token";
-    for (int i = 0; i < 256; i++)
-        if (t->byte_token[i] >= t->tokens && !(t->byte_token[i] == TOKENIZER_NONE && never(i)))
-            return "a byte has no token";
-    if (t->text_offset[0] != 0 || t->text_offset[t->tokens] != text_size)
-        return "the tokens' texts are out of place";
-    for (uint32_t i = 0; i < t->tokens; i++) {
-        if (t->text_offset[i] > t->text_offset[i + 1]) return "the tokens' texts are out of order";
-        if (t->text_offset[i + 1] - t->text_offset[i] > LONGEST_TOKEN) return "a token is too long";
-    }
-    // An added token of no length would match everywhere without end.
-    if (t->node_token[t->root[0]] != TOKENIZER_NONE || t->node_token[t->root[1]] != TOKENIZER_NONE)
-        return "an added token is empty";
-
     for (uint32_t trie = 0; trie < 2; trie++)
         for (uint32_t byte = 0; byte < 256; byte++) {
             const TokenizerSlot *edge = look_up(t->edges, t->edge_slots, t->root[trie], byte);

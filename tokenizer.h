@@ -1,7 +1,7 @@
 // tokenizer.h: byte-level BPE behind added tokens, as the `tokenizers` library computes it from a
-// GPT-2 style tokenizer.json, NFC before it included. It knows nothing of models and stands alone with tokenizer.c: the
-// tables it reads are one block of bytes that export_weights.py makes (their layout is at the top
-// of tokenizer.c), used where they lie, never copied.
+// GPT-2 style tokenizer.json, NFC before it included. It knows nothing of models and stands alone
+// with tokenizer.c: the tables it reads are one block of bytes that export_weights.py makes (their
+// layout is at the top of tokenizer.c), used where they lie, never copied.
 //
 //     Tokenizer t;
 //     const char *flaw = tokenizer_open(&t, tables, size);    // NULL: good

@@ -981,9 +981,10 @@ def refused_tokenizers():
              "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False}]}
     start = {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
     check_all_refused([(what, change, [*words, remedy]) for what, change, words in [
-        ("a normalizer", tokenizer(normalizer=nfc), ["normalizer", "NFC"]),
-        ("normalizers", tokenizer(normalizer={"type": "Sequence", "normalizers": [nfc]}),
-         ["normalizer"]),
+        ("a normalizer", tokenizer(normalizer={"type": "NFKC"}), ["normalizer", "NFKC", "NFC"]),
+        ("normalizers", tokenizer(normalizer={"type": "Sequence", "normalizers": [
+            nfc, {"type": "Lowercase"}]}), ["normalizer"]),
+        ("no normalizer", tokenizer(normalizer=[1]), ["normalizer"]),
         ("no pre_tokenizer", tokenizer(pre_tokenizer=None), ["pre_tokenizer"]),
         ("another pre_tokenizer",
          tokenizer(pre_tokenizer={"type": "Whitespace"}), ["pre_tokenizer", "Whitespace"]),

@@ -55,7 +55,7 @@ def fits(value, *lines):
 def refusals(value, *more):
     """What --check refuses, line by line."""
     done = constrained("--check", "--schema", schema(value), *more, input=b"", code=2)
-    return re.findall(r"schema\.json: #(.*?): (.*?): (.*)", done.err)
+    return re.findall(r"schema\.json: #(.*?): (?:([\w$]+): )?(.*)", done.err)
 
 
 def least(value):
@@ -120,7 +120,8 @@ def long_numbers():
     assert fits({"type": "integer", "maximum": 1e18, "minimum": -1e300}, "-1")[0]
     expect(fits({"minimum": 3, "exclusiveMinimum": True, "type": "number"}, "3", "3.01"),
            [False, True])
-    expect(refusals({"type": "integer", "minimum": 1e19})[0][:2], ("", "minimum"))
+    expect(refusals({"type": "integer", "minimum": 1e19})[0],
+           ("/minimum", "", "no number below 10^18 is left"))
 
 
 @test("patterns: of all short texts those match that Python's re matches, from end to end or anywhere")
@@ -162,7 +163,7 @@ def lengths():
     expect(fits(value, *('"%s"' % x for x in lines)),
            [7 <= len(x) <= 9 for x in lines])
     for seed in range(8):
-        text, = json.loads('["' + texts(value, "-t", 2, seed=seed)["generated_text"][0][1:-1] + '"]')
+        text = json.loads(texts(value, "-t", 2, seed=seed)["generated_text"][0])
         assert re.fullmatch("(ab|c)*", text) and 7 <= len(text) <= 9, text
     assert least({"type": "string", "maxLength": 10 ** 9, "pattern": "^a+$"}) < 5
     expect(fits({"type": "string", "maxLength": 3},  # characters, however they are written
@@ -175,7 +176,8 @@ def strings():
     expect(fits(value, '"a\\n\\"\\\\\\b\\f\\r\\t\\u001f"', '"\x7f\u20ac"', '"\\u0041"', '"\\/"',
                 '"\\u000a"', '"\\u001F"', '"\\ud83d\\ude00"', '"a', '"a"x', '"\t"'),
            [True, True] + 8 * [False])
-    for broken in (b"\xc3", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82"):
+    for broken in (b"\xc3", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80",
+                   b"\xe2\x82"):
         line = (b'"' + broken + b'"').decode("utf-8", "surrogateescape")
         expect(fits(value, line), [False], broken)
     expect(fits({"type": ["array", "object"]}, "[1]", "[1 ]", '{"a": 1}', '{"a":1}', "[]", " []"),
@@ -225,7 +227,7 @@ def objects():
     expect(fits(value, '{"a":1,"c":2,"b":3}', '{"a":1,"b":2}', '{"a":1,"b":2,"d":3}',
                 '{"a":1,"b":2,"a":3}'), [True, False, False, False])
     value["minProperties"] = 4
-    expect([one[:2] for one in refusals(value)], [("", "schema")])
+    expect(refusals(value), [("", "", "nothing fits it")])
     value = {"properties": {"a": {}, "b": {}, "c": {}}, "minProperties": 2, "maxProperties": 2,
              "type": "object", "required": ["c"]}
     expect(fits(value, '{"a":1,"c":1}', '{"c":1}', '{"a":1,"b":1,"c":1}', '{"a":1,"b":1}'),
@@ -441,15 +443,90 @@ def hostile():
             ({"type": "string", "minLength": 10 ** 9}, 2), ({"type": "array", "minItems": 10 ** 9,
                                                             "items": True}, 2),
             ({"type": "object", "minProperties": 10 ** 9}, 2), (chain, 2), (cycles, 0),
+            ({"type": "string", "pattern": "|" * 60000 + "a"}, 2),
+            ({"type": "string", "pattern": "((a{0}){9999999}){9999999}"}, 0),
+            ({"type": "string", "pattern": "a" * 70000}, 2),
+            ({"type": "string", "pattern": "^\\ud83d[\\ude00-\\ude4f]$"}, 2),
+            ({"type": "string", "pattern": "^x{,5}$"}, 2),
+            ({"type": "object", "properties": {"p%d" % i: {"type": "string", "minLength": 10 ** 6}
+                                               for i in range(100)}}, 2),
+            ({"anyOf": 250 * [{"$ref": "#/$defs/x"}], "$defs": {"x": {
+                "type": "null", "allOf": 1500 * [{"type": "null"}]}}}, 0),
+            ({"anyOf": [{"type": "object", "properties": {"k": {"const": i}}}
+                        for i in range(100)]}, 2),
             ({"type": "object", "properties": {"p%d" % i: {} for i in range(3000)}}, 0),
             ({"anyOf": [{"anyOf": [{"const": [i, j]} for i in range(20)]} for j in range(20)]}, 2),
             ({"allOf": [{"anyOf": [{"minLength": i}, {"maxLength": i + 9}]} for i in range(30)],
               "type": "string"}, 2),
             ('{"items":' * 190 + "true" + "}" * 190, 0), ("[" * 100000, 2),
             ({"type": "integer", "maximum": 1e300, "minimum": -1e300}, 0),
-            ('{"const":' + "9" * 100 + "}", 0), ('{"maximum":' + "9" * 400 + "}", 2)]:
+            ('{"const":' + "9" * 100 + "}", 2), ('{"maximum":' + "9" * 400 + "}", 2)]:
         done = run_kl3m("-m", small_model(), "--check", "--schema", schema(value), input=b"")
         assert done.code == code and len(done.err) < 2000, (str(value)[:80], done.code, done.err)
+
+
+@test("no oneOf is taken for exclusive that is not: objects without additionalProperties false, other types, empty requirements, formats, equal numbers")
+def exclusive():
+    def member(name):
+        return {"type": "object", "properties": {name: {"type": "integer"}}, "required": [name]}
+    either = {"type": "object", "properties": {"a": {}, "b": {}}}
+    for value in ({**either, "oneOf": [member("a"), member("b")]},
+                  {**either, "oneOf": [{"required": []}, {"required": ["a"]}]},
+                  {"oneOf": [{"const": 1e30}, {"const": 10e29}]},
+                  {"oneOf": [{"format": "date", "type": "string"}, {"pattern": "^[a-z]+$",
+                                                                    "type": "string"}]},
+                  {"oneOf": [{"type": "integer"}, {"enum": [3, "x"]}]}):
+        expect(refusals(value)[0][:2], ("", "oneOf"), value)
+    expect(fits({"oneOf": [{"required": ["a"]}, {"required": ["b"]}]}, "null", '{"a":1}',
+                '{"a":1,"b":2}'), [False, True, False])
+    expect(fits({**either, "oneOf": [{"required": ["a"]}, {"required": ["a", "b"]}]}, '{"a":1}',
+                '{"a":1,"b":1}'), [True, False])
+    closed = [{**member(x), "additionalProperties": False} for x in "ab"]
+    expect(fits({"oneOf": closed}, '{"a":1}', '{"b":1}', "{}"), [True, True, False])
+
+
+@test("numbers far away are compared exactly; those with a fraction have 15 digits, so that a reader's doubles keep the bounds")
+def exact_numbers():
+    expect(fits({"enum": [1e30, 3], "maximum": 1e25}, "1e30", "3"), [False, True])
+    expect(fits({"enum": [123456789012345678901, 50], "multipleOf": 10}, "123456789012345678901",
+                "50"), [False, True])
+    expect(fits({"enum": [1e-20, 2e-20], "minimum": 1.5e-20}, "1e-20", "2e-20"), [False, True])
+    expect(fits({"type": "number", "exclusiveMaximum": 10 ** 17}, "99999999999999999.9",
+                "99999999999999.9", "99999999999999999"), [False, True, True])
+
+
+@test("a keyword that --schema-ignore names is as if it were not there")
+def dropped():
+    for value, good, word in [({"type": "string", "pattern": "^(?=a)b"}, '"x"', "pattern"),
+                              ({"type": "number", "multipleOf": 0.01}, "0.5", "multipleOf"),
+                              ({"enum": [5], "multipleOf": 0}, "5", "multipleOf"),
+                              ({"type": "any"}, "[]", "type"), ({"anyOf": []}, "null", "anyOf"),
+                              ({"type": "object", "required": [1]}, "{}", "required")]:
+        expect(verdicts(value, [good], "--schema-ignore", word), ["ok"], value)
+        assert refusals(value)[0][1] == word, value
+    done = run_kl3m("-m", small_model(), "--check", "--schema", schema(False), "--schema-ignore",
+                    "schema", input=b"")
+    expect(done.code, 2, "that nothing fits cannot be ignored")
+
+
+@test("free names: as many as minProperties asks for, none twice, whatever the limit, in maps of few names and of any")
+def free_names():
+    for value, more in [({"type": "object", "additionalProperties": {"const": 1},
+                          "minProperties": 9}, (0, 5)),
+                        ({"type": "object", "patternProperties": {"^[ab]{1,2}$": {"const": 1}},
+                          "additionalProperties": False, "minProperties": 5}, (0, 9)),
+                        ({"type": "object", "patternProperties": {"^[a-c]$": {"const": 1}},
+                          "additionalProperties": False, "required": ["a"], "minProperties": 3},
+                         (0, 4))]:
+        for extra, seed in itertools.product(more, range(4)):
+            model = small_model(max_position_embeddings=512)
+            n = int(constrained("--check", "--schema", schema(value), input=b"",
+                                model=model).text.split()[2])
+            text, = texts(value, "-t", 3, "-k", 0, n=n + extra, seed=seed,
+                          model=model)["generated_text"]
+            found = json.loads(text, object_pairs_hook=list)
+            names = [name for name, _ in found]
+            assert len(set(names)) == len(names) >= value["minProperties"], text
 
 
 @test("the options of schemas: what they go with and exclude, how -n and the context are held against the least")
@@ -530,9 +607,9 @@ def shared():
     decided = {"Github_medium---o58609", "WashingtonPost---wp_29_Normalized"}   # order, in anyOf
     for case in cases:
         within = not case["beyond"]
+        lines = "".join(x["json"] + "\n" for x in case["valid"] + case["invalid"]) or "\n"
         done = run_kl3m("-m", small_model(max_position_embeddings=4096), "--check", "--schema",
-                        schema(case["schema"]), input="".join(x["json"] + "\n" for x in case["valid"] + case["invalid"])
-                        .encode() or b"\n")
+                        schema(case["schema"]), input=lines.encode())
         refused += within and done.code == 2
         if done.code == 2:
             continue

@@ -283,6 +283,11 @@ HEAD_SIZE_LIMIT = 1 << 12
 # Where kl3m computes one value only; it is also what transformers takes for a missing field.
 FIXED = {"model_type": "gpt_neox", "hidden_act": "gelu", "attention_bias": True,
          "tie_word_embeddings": False}
+OTHERS = "transformers and llama.cpp run"    # models that kl3m does not
+REMEDIES = {"model_type": f"kl3m runs GPT-NeoX models; {OTHERS} this one",
+            "hidden_act": f"kl3m computes nothing else; {OTHERS} a model that was trained so",
+            "tie_word_embeddings": "save it untied, with embed_out.weight a copy of "
+                                   "gpt_neox.embed_in.weight"}
 # What transformers takes for a missing max_position_embeddings. Its defaults for the other sizes
 # are those of GPT-NeoX-20B, so that a config without them is not whole.
 CONTEXT = 2048
@@ -343,7 +348,7 @@ def read_config(config):
     for name, only in FIXED.items():
         value = config.get(name, only)
         ok = type(value) is type(only) and value == only
-        expect_field(ok, name, value, show(only), NOT_COMPUTED)
+        expect_field(ok, name, value, show(only), REMEDIES.get(name, NOT_COMPUTED))
     parallel = config.get("use_parallel_residual", True)
     expect_field(type(parallel) is bool, "use_parallel_residual", parallel, "true or false")
     expect_field(config.get("quantization_config") is None, "quantization_config",
@@ -493,8 +498,11 @@ def check_folder(directory):
         raise ExportError(f"{directory} has no {SINGLE} and no {INDEX}; pass the directory that "
                           "has the model, or its name on the hub like org/model")
     for name in ("config.json", "tokenizer.json"):
+        remedy = f"copy the {name} of that model, or of its base model, there"
+        if name == "tokenizer.json" and "tokenizer.model" in names:
+            remedy = f"a SentencePiece tokenizer is of another family: {OTHERS} this model"
         expect(name in names, os.path.join(directory, name), None, "the model's, beside its "
-               "weights", f"copy the {name} of that model, or of its base model, there")
+               "weights", remedy)
 
 
 def read_tensors(directory):

@@ -1107,6 +1107,22 @@ def said_of(directory):
 RESAVE = ["transformers", "save_pretrained"]
 
 
+@test("models of other families are refused by name, with what to do")
+def other_families():
+    for fields, words in [({"model_type": "mixtral"}, ["mixtral", "GPT-NeoX", "transformers"]),
+                          ({"model_type": "llama"}, ["llama", "GPT-NeoX", "transformers"]),
+                          ({"hidden_act": "gelu_fast"}, ["gelu_fast", "transformers"]),
+                          ({"tie_word_embeddings": True}, ["tie_word_embeddings", "untied"])]:
+        check_refused(config(**fields), words)
+
+    def sentence_piece(source, folder):
+        source.write(folder)
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer.model").write_bytes(b"x")
+        return "written"
+    check_refused(sentence_piece, ["SentencePiece", "transformers"])
+
+
 @test("a folder with weights of another kind, or without a part, is told what it has "
       "and what to do")
 def other_kinds_of_weights():

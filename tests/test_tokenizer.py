@@ -7,6 +7,7 @@ import re
 import string
 import struct
 import time
+import unicodedata
 import zlib
 
 import models
@@ -252,6 +253,60 @@ def ids_line(*texts):
     """What --tokenize should print for these texts (bytes)."""
     encode = small_setting().naive.encode
     return "".join(" ".join(map(str, encode(text))) + "\n" for text in texts).encode()
+
+
+def nfc_model():
+    """The small tokenizer with the NFC normalizer that transformers 5 adds."""
+    return small_model(tokenizer={**models.small_tokenizer(), "normalizer": {"type": "NFC"}})
+
+
+@test("with an NFC normalizer a text has the ids of its NFC, each piece between special tokens by itself; bytes that are no text stay")
+def normalized():
+    rng = random.Random(21)
+    marks = [chr(code) for code in range(0x300, 0x370)] + list("\u0591\u05b0\u3099\u302a\u0f71")
+    letters = list("aeou AE\u1ea1\u00e9\u0958\u2126\uf900\u0344\u1100\u1161\u11a8\uac00\uac01") + [
+        "\U0001d15e", "\U0001d165", "\u09c7", "\u09be", "\u0cc6", "\u0cc2", "\u0cd5"]
+    pieces = [letters, marks, marks, ["<|end|>"], ["\u4e2d", "7", "\n"]]
+    texts = ["".join(rng.choice(rng.choice(pieces)) for _ in range(rng.randrange(1, 30)))
+             for _ in range(4000)]
+    texts += ["a" + "".join(rng.choice(marks) for _ in range(3000)), 2000 * "\U0001d160",
+              "\u0301x", "<|end|>\u0301<|end|>"]
+    composed = ["<|end|>".join(unicodedata.normalize("NFC", part) for part in text.split("<|end|>"))
+                for text in texts]
+    assert composed != texts
+    want = tokenize(small_model(tokenizer=models.small_tokenizer()),
+                    [text.encode() for text in composed])
+    expect(tokenize(nfc_model(), [text.encode() for text in texts]), want)
+    broken = [b"\xff", b"e\xcc", b"\xcc\x81\xcc", b"\xcce\xcc\x81\xff", b"\xff\xcc\x81"]
+    want = tokenize(small_model(tokenizer=models.small_tokenizer()),
+                    [text.replace(b"e\xcc\x81", b"\xc3\xa9") for text in broken])
+    expect(tokenize(nfc_model(), broken), want)
+
+
+@test("what is normalized is what the model is given: the echo and the text that comes out are as they were")
+def echo_is_not_normalized():
+    done = run_kl3m("-m", nfc_model(), "-p", "e\u0301", "-n", 0)
+    expect(done.text, "e\u0301\n")
+    scored = run_kl3m("-m", nfc_model(), "--score", "--json", "-p", "e\u0301\u0344 \U0001d160")
+    expect(scored.code, 0, scored.err)
+
+
+@test("a vocabulary without tokens for bytes that UTF-8 never has leaves them out, and takes all text")
+def bytes_without_tokens():
+    tokenizer = models.small_tokenizer()
+    alphabet = models.byte_alphabet()
+    names = alphabet if isinstance(alphabet, dict) else dict(enumerate(alphabet))
+    gone = [names[byte] for byte in (0xC0, 0xC1, *range(0xF5, 0x100))]
+    vocab = tokenizer["model"]["vocab"]
+    free = iter("never%d" % i for i in range(len(gone)))
+    tokenizer["model"]["vocab"] = {next(free) if token in gone else token: number
+                                   for token, number in vocab.items()}
+    model = small_model(tokenizer=tokenizer)
+    plain = small_model(tokenizer=models.small_tokenizer())
+    text = b"The \xe4\xb8\xad \xf0\x9f\x98\x80 State"
+    expect(tokenize(model, [b"\xff" + text + b"\xc0", b"\xf5", b"a\xfeb"]),
+           tokenize(plain, [text, b"", b"a"])[:2] + [tokenize(plain, [b"a", b"b"])[0] +
+                                                    tokenize(plain, [b"b"])[0]])
 
 
 @test("an empty prompt is an empty line, and no prompt is none")

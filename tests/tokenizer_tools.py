@@ -68,6 +68,21 @@ def real_setting():
     return Setting(small_directory(**options), small_model(**options))
 
 
+def normalizing_settings():
+    """The real tokenizer as transformers 5 saves it, and that of GPT-NeoX-20B and Pythia: both with
+    NFC."""
+    if SHARED is None:
+        raise Skip("the real tokenizers are not here")
+    found = []
+    for name, rows in (("kl3m-002-170m", 32768), ("gpt-neox-20b", 50304)):
+        tokenizer = json.loads((SHARED / name / "tokenizer.json").read_text(encoding="utf-8"))
+        options = dict(tokenizer={**tokenizer, "normalizer": {"type": "NFC"}}, vocab_size=rows,
+                       hidden_size=8, num_attention_heads=1, num_hidden_layers=1,
+                       intermediate_size=8)
+        found.append(Setting(small_directory(**options), small_model(**options)))
+    return found
+
+
 # ---- Tokenizers for references ----------------------------------------------------------------
 
 # (content, special, normalized): tokens that overlap. Those not normalized are looked for first.

@@ -20,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import time
+import unicodedata
 from pathlib import Path
 
 import tokenizers
@@ -28,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules 
 
 import models
 from harness import KL3M, SHARED, run_tests, selected, test, tmpdir
-from tokenizer_tools import detokenize, provoking_text, real_setting, small_setting, tokenize
+from tokenizer_tools import (detokenize, normalizing_settings, provoking_text, real_setting,
+                             small_setting, tokenize)
 
 LICENCES = Path("/usr/share/common-licenses")  # English legal text that every Debian system has
 
@@ -43,16 +45,18 @@ def library():
     return tokenizers.Tokenizer.from_file(str(setting().path))
 
 
-def compare(texts, plain_specials=False):
-    library().encode_special_tokens = plain_specials
+def compare(texts, plain_specials=False, place=None):
+    place = place or setting()
+    reference = library() if place == setting() else tokenizers.Tokenizer.from_file(str(place.path))
+    reference.encode_special_tokens = plain_specials
     options = ["--no-special"] if plain_specials else []
     for at in range(0, len(texts), 50000):
         part = texts[at:at + 50000]
-        got = tokenize(setting().model, [text.encode() for text in part], *options, timeout=600)
-        for text, ids, encoding in zip(part, got, library().encode_batch_fast(part)):
+        got = tokenize(place.model, [text.encode() for text in part], *options, timeout=600)
+        for text, ids, encoding in zip(part, got, reference.encode_batch_fast(part)):
             assert ids == encoding.ids, (
                 "%.200r is %.200r, in the library %.200r" % (text, ids, encoding.ids))
-    library().encode_special_tokens = False
+    reference.encode_special_tokens = False
 
 
 @functools.lru_cache(maxsize=None)
@@ -93,6 +97,34 @@ def random_texts():
 @test("they have with encode_special_tokens and --no-special")
 def without_special_tokens():
     compare(provoking_texts(), plain_specials=True)
+
+
+def composing_texts(added):
+    """Of marks, of what decomposes and of Hangul, beside added tokens."""
+    rng, found = random.Random(17), []
+    marks = [c for c in characters() if unicodedata.combining(c)]
+    parts = [c for c in characters() if unicodedata.decomposition(c)[:1] not in ("", "<")]
+    hangul = [chr(code) for code in (*range(0x1100, 0x1114), *range(0x1161, 0x1177),
+                                     *range(0x11A7, 0x11C4), 0xAC00, 0xAC01, 0xAC1C, 0xD7A3)]
+    for _ in range(50000):
+        kinds = rng.choices((list("aeoAO sXQ1<"), marks, marks, parts, hangul, added),
+                            k=rng.randrange(1, 12))
+        found.append("".join(rng.choice(kind) for kind in kinds))
+    return found + ["a" + "".join(rng.choice(marks) for _ in range(800)) for _ in range(50)]
+
+
+@test("with NFC every character has the library's ids, alone, before and behind a mark, and so have "
+      "100,000 random texts: the real tokenizer as transformers 5 saves it, and GPT-NeoX's")
+def normalizing():
+    for place in normalizing_settings():
+        added = list(place.naive.added)
+        for form in ("{0}", "a{0}a", "{0}\u0301", "\u1100{0}"):
+            compare([form.format(char) for char in characters()], place=place)
+        compare(composing_texts(added), place=place)
+        compare(composing_texts(added), plain_specials=True, place=place)
+        rng = random.Random(18)
+        compare([provoking_text(rng, added) for _ in range(50000)], place=place)
+        compare(["e\u0301" * 300000, "\u0301" * 300000, "\uac00\u11a8" * 200000], place=place)
 
 
 @test("20,000 texts of random characters have the library's ids")

@@ -3883,6 +3883,7 @@ enum {
     MOST_CLASSES = 4096,           // of characters that an automaton tells apart
     MOST_ARROWS = 1 << 22,         // states times classes
     MOST_PATTERN = 1 << 16,        // bytes
+    MOST_SPANS = 1 << 16,          // of a class as it is written
     MOST_NEEDS = 1 << 21,          // cells of all tables of lengths and counts
     BEYOND = 1 << 30,              // a cost that nothing has, and of two such the sum
 };
@@ -4118,6 +4119,7 @@ static const Regex *regex_class(RegexReader *r) {
     while (r->at < r->end && *r->at != ']') {
         uint32_t first, last;
         bool single = regex_member(r, &c, &first);
+        if (c.either.n > MOST_SPANS) return regex_fail(r, "a class of more than 65536 spans");
         if (!single) continue;
         last = first;
         if (r->end - r->at > 1 && r->at[0] == '-' && r->at[1] != ']') {
@@ -4148,7 +4150,7 @@ static const Regex *regex_escaped(RegexReader *r) {
     return regex_node(r, (Regex){ .kind = ONE_OF, .set = c.both });
 }
 
-// {n}, {n,} or {n,m}, at `at`; false: it is none, and the brace stands for itself.
+// Takes {n}, {n,} or {n,m}; false: it is none, and the brace stands for itself.
 static bool regex_counts(RegexReader *r, uint32_t *least, uint32_t *most) {
     const char *at = r->at + 1;
     uint32_t numbers[2] = { 0, 0 };
@@ -4169,14 +4171,15 @@ static bool regex_counts(RegexReader *r, uint32_t *least, uint32_t *most) {
 }
 
 static const Regex *regex_repeated(RegexReader *r, const Regex *what) {
-    uint32_t least = 1, most = 1;
+    uint32_t least = 1, most = 1, none;
     if (regex_take(r, "*")) least = 0, most = BEYOND;
     else if (regex_take(r, "+")) most = BEYOND;
     else if (regex_take(r, "?")) least = 0;
     else if (r->at == r->end || *r->at != '{' || !regex_counts(r, &least, &most)) return what;
     if (most < least) return regex_fail(r, "a repetition out of order");
     regex_take(r, "?");                        // as few as possible: the same texts
-    if (regex_sees(r, "*+?")) return regex_fail(r, "nothing to repeat");
+    if (regex_sees(r, "*+?") || (regex_sees(r, "{") && regex_counts(r, &none, &none)))
+        return regex_fail(r, "nothing to repeat");
     return regex_node(r, (Regex){ .kind = REPEATED, .a = what, .least = least, .most = most });
 }
 
@@ -4187,6 +4190,7 @@ static void regex_open_group(RegexReader *r) {
     bool named = regex_take(r, "<"), look = regex_sees(r, "=!");
     if (look) regex_fail(r, "lookaround is not supported");
     else if (!named) regex_fail(r, "an unknown kind of group");
+    else if (regex_sees(r, ">")) regex_fail(r, "a group without a name");
     else while (r->at < r->end && *r->at++ != '>') {}
 }
 
@@ -4194,11 +4198,13 @@ static void regex_open_group(RegexReader *r) {
 static const Regex *regex_single(RegexReader *r) {
     static const uint32_t line_ends[] = { '\n', '\r', 0x2028, 0x2029 };
     Charset set = {0};
+    uint32_t none;
+    if (regex_sees(r, "*+?") || (regex_sees(r, "{") && regex_counts(r, &none, &none)))
+        return regex_fail(r, "nothing to repeat");
     if (regex_take(r, "^")) return regex_node(r, (Regex){ .kind = AT_START });
     if (regex_take(r, "$")) return regex_node(r, (Regex){ .kind = AT_END });
     if (regex_take(r, "[")) return regex_class(r);
     if (regex_take(r, "\\")) return regex_escaped(r);
-    if (regex_sees(r, "*+?")) return regex_fail(r, "nothing to repeat");
     uint32_t code = regex_char(r);
     if (code == '.') {
         for (size_t i = 0; i < 4; i++) charset_add(r->arena, &set, line_ends[i], line_ends[i]);
@@ -4361,6 +4367,7 @@ typedef struct {
     StateSet *sets;                // [n], room for half the slots
     uint32_t *slots;               // [n_slots], a power of two: n + 1; 0: empty
     uint32_t n, n_slots;
+    bool first_apart;              // the first is found by nobody: it is where a text begins
 } StateSets;
 
 static uint32_t hash_ints(const int *numbers, int n) {
@@ -4389,7 +4396,8 @@ static void grow_sets(StateSets *s) {
     s->sets = sets;
     s->slots = take(s->arena, s->n_slots * sizeof *s->slots);
     memset(s->slots, 0, s->n_slots * sizeof *s->slots);
-    for (uint32_t i = 0; i < s->n; i++) *slot_of_set(s, sets[i].steps, sets[i].n) = i + 1;
+    for (uint32_t i = s->first_apart; i < s->n; i++)
+        *slot_of_set(s, sets[i].steps, sets[i].n) = i + 1;
 }
 
 // The number of a set, which is new if it was not there. NO_STATE: there are too many.
@@ -4483,13 +4491,13 @@ static int take_met(Closure *c) {
     return kept;
 }
 
-// May the text end here? `set` has been closed over, but not over its end.
-static bool set_accepts(Closure *c, const StateSet *set) {
+// May the text end here, perhaps where it begins? `set` has been closed over, but not over its end.
+static bool set_accepts(Closure *c, const StateSet *set, bool at_start) {
     bool accepts = false;
     for (int i = 0; i < set->n; i++) {
         accepts |= c->s->steps[set->steps[i]].kind == ENDS;
         if (c->s->steps[set->steps[i]].kind == AT_END_ONLY)
-            close_over(c, set->steps[i], false, true);
+            close_over(c, set->steps[i], at_start, true);
     }
     int n = take_met(c);
     for (int i = 0; i < n; i++) accepts |= c->s->steps[c->list[i]].kind == ENDS;
@@ -4593,12 +4601,14 @@ static const char *find_states(Steps *s, int entry, Automaton *a) {
     close_over(&c, entry, true, false);
     int first = take_met(&c);
     find_set(&sets, c.list, first);
+    memset(sets.slots, 0, sets.n_slots * sizeof *sets.slots);
+    sets.first_apart = true;
     a->accepts = take(s->arena, MOST_STATES * sizeof *a->accepts);
     for (uint32_t state = 0; state < sets.n; state++) {
         if (sets.n * a->classes > MOST_ARROWS) return many_states;
         grow_states(s->arena, a, state, &room);
         const StateSet set = sets.sets[state];
-        a->accepts[state] = set_accepts(&c, &set);
+        a->accepts[state] = set_accepts(&c, &set, state == 0);
         for (uint32_t class = 0; class < a->classes; class++) {
             bool any = false;
             for (int i = 0; i < set.n; i++) {
@@ -5169,7 +5179,7 @@ struct Value {
 enum {
     MOST_VALUES = 10000, MOST_ATOMS = 256, MOST_EXPANSIONS = 10000,
     MOST_WORDS = 1 << 16, USUAL_DIGITS = 15, MOST_WHOLE = 18, MOST_FORMATS = 16,
-    MOST_MEMORY = 256 << 20,
+    MOST_MEMORY = 256 << 20, MOST_NAMES = 10000,
     MOST_LIVE = 64,                // alternatives of one kind, positions of a frame: the bits of
                                    // Position.serves
 };
@@ -5382,6 +5392,8 @@ static const struct { const char *name; Rule rule; } keywords[] = {
 static void check_pattern(Schema *c, Item *item, const char *pattern, size_t n, Item *at) {
     const char *flaw;
     item->automaton = automaton_of(&c->arena, pattern, n, false, &flaw);
+    c->cells += item->automaton ? item->automaton->states : 0;
+    if (c->cells > MOST_NEEDS) reject(c, at, many_cells);
     if (item->automaton == NULL && flaw != nothing_matches)
         refuse(c, at, flaw);
 }
@@ -5609,6 +5621,12 @@ static Value *value_of(Schema *c, Entries e) {
 static Item *first_item(Entries flat) { return flat.n ? flat.at[0].item : NULL; }
 
 static void add_atom(Schema *c, Value *v, Atom atom) {
+    int alike = 0;
+    for (int i = 0; i < v->n; i++) alike += v->atoms[i]->kind == atom.kind;
+    if (alike == MOST_LIVE) {
+        reject(c, first_item(v->entries), "more than 64 alternatives of one kind");
+        return;
+    }
     if (v->n == MOST_ATOMS) {
         reject(c, first_item(v->entries), "more than 256 alternatives of one value");
         return;
@@ -6014,7 +6032,9 @@ static void add_array(Schema *c, Value *v, Entries flat) {
 typedef struct { const char *text; size_t n; bool forbidden, required; } Name;
 typedef struct { Name *at; int n; size_t room; bool impossible; } Names;
 
+// Adds a name, or finds it. Beyond MOST_NAMES nothing is looked for: the object is rejected.
 static Name *find_name(Names *names, const char *text, size_t n) {
+    if (names->n > MOST_NAMES) return &names->at[MOST_NAMES];
     for (int i = 0; i < names->n; i++)
         if (names->at[i].n == n && memcmp(names->at[i].text, text, n) == 0) return &names->at[i];
     names->at = grow(names->at, &names->room, ((size_t)names->n + 1) * sizeof *names->at);
@@ -6191,6 +6211,11 @@ static void add_object(Schema *c, Value *v, Entries flat) {
     const char *flaw = find_free(c, flat, m);
     if (flaw) reject(c, first_item(flat), flaw);
     Names names = find_names(flat);
+    if (names.n > MOST_NAMES) {
+        reject(c, first_item(flat), "more than 10000 members");
+        free(names.at);
+        return;
+    }
     size_t n = (size_t)names.n;
     Word *words = take(&c->arena, (n + 1) * sizeof *words);
     Word *taken = take(&c->arena, (n + 1) * sizeof *taken);
@@ -6500,10 +6525,6 @@ static void build_value(Schema *c, Value *v) {
     expand(c, v, due, (Entries){0});
     arena_reset(&c->scratch, mark);
     for (int quoted = 0; quoted < 2; quoted++) add_words(c, v, quoted);
-    int alike[OBJECT + 1] = {0};               // a frame has so many positions
-    for (int i = 0; i < v->n; i++)
-        if (++alike[v->atoms[i]->kind] > MOST_LIVE)
-            reject(c, first_item(v->entries), "more than 64 alternatives of one kind");
 }
 
 static bool word_in(const Atom *a, const Word *w) {
@@ -7550,7 +7571,8 @@ static void find_inside(Masker *k, const Walk *w, const Frame *f, const Position
     uint32_t most_chars = plus(plus(p->reader.count, k->vocabulary->most_bytes), l->worst.chars);
     uint32_t needed = position_left(&k->arena, k->vocabulary, p, f->depth);
     uint32_t own = name ? name_left(&k->arena, p, BEYOND) : reader_left(l, &p->reader);
-    bool roomy = p->reader.part == BETWEEN && most_chars <= l->most &&
+    bool long_enough = p->reader.count >= l->least || l->automaton == w->schema->any;
+    bool roomy = p->reader.part == BETWEEN && long_enough && most_chars <= l->most &&
                  plus(plus(needed, l->worst.bytes), PART_OF_A_NAME) < left;
     if (roomy) {
         const uint64_t *inside = inside_tokens(k, w->schema->number, l, p->reader.state);

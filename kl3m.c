@@ -11015,6 +11015,8 @@ static bool model_was_changed(void) {
             now.st_mtim.tv_nsec != then->st_mtim.tv_nsec);
 }
 
+#define CHANGED "the model file was changed while it was in use; replace it by a whole new file"
+
 static struct sigaction before_fault[2];   // what a SIGBUS, a SIGSEGV met before we looked
 
 // A model that is cut (SIGBUS inside the map), or changed in place, while it is mapped is no fault
@@ -11022,8 +11024,7 @@ static struct sigaction before_fault[2];   // what a SIGBUS, a SIGSEGV met befor
 static void on_fault(int number, siginfo_t *fault, void *context) {
     static const char cut[] =
         "kl3m: the model file was cut or its disk failed while it was in use\n";
-    static const char changed[] =
-        "kl3m: the model file was changed while it was in use; replace it by a whole new file\n";
+    static const char changed[] = "kl3m: " CHANGED "\n";
     static atomic_flag told = ATOMIC_FLAG_INIT;
     (void)context;
     uintptr_t at = (uintptr_t)fault->si_addr, start = (uintptr_t)mapped_file.start;
@@ -11051,6 +11052,7 @@ static int carry_out(const char *name) {
     keep_denormals();
     if (passes) threads_start(options.threads ? (int)options.threads : usable_cpus());
     int status = command(&options, &m, kernels);
+    if (model_was_changed()) die("%s", CHANGED);           // though nothing has met it
     if (passes) threads_stop();
     model_close(&m);
     free(path);

@@ -729,7 +729,7 @@ STAGES = (("pre_tokenizer", "type", None, ["ByteLevel"]),
           ("model", "continuing_subword_prefix", None, [None, ""]),
           ("model", "end_of_word_suffix", None, [None, ""]),
           ("model", "byte_fallback", False, [False]),
-          ("model", "ignore_merges", False, [False]))
+          ("model", "ignore_merges", False, [True, False]))    # true: see check_whole_words
 
 
 def expect_part(ok, name, found, expected):
@@ -837,6 +837,26 @@ def read_merges(model, vocab):
     return table
 
 
+def check_whole_words(model, vocab, merges, added):
+    """With ignore_merges the library takes a word that is a token as that token. kl3m always
+    merges, which is the same if the merges make each token of its own characters (but for the
+    added ones, which are found before)."""
+    apart = {token.content for token in added}
+    for token, number in vocab.items() if model.get("ignore_merges") else ():
+        if token in apart:
+            continue
+        ids = [vocab.get(char) for char in token]
+        while len(ids) > 1:
+            pairs = [merges.get(pair, (math.inf,)) for pair in zip(ids, ids[1:])]
+            least = min(pairs)
+            if least == (math.inf,):
+                break
+            at = pairs.index(least)
+            ids[at:at + 2] = [least[1]]
+        expect_part(ids == [number], "model.ignore_merges", True,
+                    f"false, since the merges do not make {show(token)}")
+
+
 def read_added(tokenizer, vocab, rows):
     """added_tokens as Added, held to the ids that the library gives them whatever the file says:
     the vocabulary's, or else the next free one."""
@@ -900,8 +920,10 @@ def tokenizer_section(tokenizer, rows):
     """The tables that tokenizer.c maps; every id has one of the embedding's rows."""
     check_stages(tokenizer)
     vocab = read_vocab(tokenizer["model"], rows)
-    merge_slots, merges = hash_table(read_merges(tokenizer["model"], vocab))
+    table = read_merges(tokenizer["model"], vocab)
+    merge_slots, merges = hash_table(table)
     added = read_added(tokenizer, vocab, rows)
+    check_whole_words(tokenizer["model"], vocab, table, added)
     nfc = bool(normalizers(tokenizer.get("normalizer")))
     # The library looks for those that are not to be matched early in what has been normalized.
     edges, node_token = build_tries(

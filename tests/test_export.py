@@ -248,6 +248,11 @@ def added(place, **fields):
     return lambda source: source.tokenizer["added_tokens"][place].update(fields)
 
 
+def without_last_merge(source):
+    source.tokenizer["model"]["merges"].pop()
+    source.tokenizer["model"]["ignore_merges"] = True
+
+
 def vocabulary(**tokens):
     return lambda source: source.tokenizer["model"]["vocab"].update(tokens)
 
@@ -487,6 +492,10 @@ def same_file():
              tokenizer("model", continuing_subword_prefix="", end_of_word_suffix="")),
             ("unk_token", tokenizer("model", unk_token="<|unk|>", fuse_unk=True)),
             ("ignore_merges false", tokenizer("model", ignore_merges=False)),
+            ("ignore_merges true where the merges make each token",
+             tokenizer("model", ignore_merges=True)),
+            ("a normalizer of no steps", tokenizer(normalizer={
+                "type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": []}]})),
             ("no byte_fallback", without("tokenizer", "model", "byte_fallback"))]:
         assert exported(change) == want, what
 
@@ -1001,7 +1010,7 @@ def refused_tokenizers():
         ("no model", tokenizer(model=None), ["model"]),
         ("dropout", tokenizer("model", dropout=0.1), ["dropout", "0.1"]),
         ("byte_fallback", tokenizer("model", byte_fallback=True), ["byte_fallback"]),
-        ("ignore_merges", tokenizer("model", ignore_merges=True), ["ignore_merges"]),
+        ("ignore_merges", without_last_merge, ["ignore_merges", "merges do not make"]),
         ("a prefix", tokenizer("model", continuing_subword_prefix="##"),
          ["continuing_subword_prefix", "##"]),
         ("a suffix", tokenizer("model", end_of_word_suffix="</w>"), ["end_of_word_suffix", "</w>"]),

@@ -4528,28 +4528,31 @@ static void needs_before(const Automaton *a, const Need *behind, bool json, Need
 
 // The states in the order of their distance to an end: breadth first, against the arrows.
 static void needs_to_end(Arena *arena, const Automaton *a, bool json, Need *row) {
-    uint32_t n = a->states, edges = 0, *first = take(arena, (n + 2) * sizeof *first);
+    uint32_t n = a->states, *first = take(arena, (n + 2) * sizeof *first);
     uint32_t *queue = take(arena, (n + 1) * sizeof *queue), head = 0, tail = 0;
+    typedef struct { uint32_t from, weight; } Arrow;
+    Arrow *arrows = take(arena, ((size_t)n * a->classes + 1) * sizeof *arrows);
     memset(first, 0, (n + 2) * sizeof *first);
     for (uint32_t i = 0; i < n * a->classes; i++)
-        if (a->next[i] != NO_STATE) first[a->next[i] + 2]++, edges++;
+        if (a->next[i] != NO_STATE) first[a->next[i] + 2]++;
     for (uint32_t i = 2; i < n + 2; i++) first[i] += first[i - 1];
-    uint32_t *from = take(arena, (edges + 1) * sizeof *from);
-    for (uint32_t i = 0; i < n * a->classes; i++)
-        if (a->next[i] != NO_STATE) from[first[a->next[i] + 1]++] = i;
-    for (uint32_t i = 0; i < n; i++) {
-        row[i] = a->accepts[i] ? (Need){ 0, 0 } : (Need){ BEYOND, BEYOND };
-        if (a->accepts[i]) queue[tail++] = i;
+    for (uint32_t state = 0; state < n; state++) {         // by the state that they lead to
+        row[state] = a->accepts[state] ? (Need){ 0, 0 } : (Need){ BEYOND, BEYOND };
+        if (a->accepts[state]) queue[tail++] = state;
+        for (uint32_t class = 0; class < a->classes; class++) {
+            uint32_t to = a->next[state * a->classes + class];
+            if (to != NO_STATE)
+                arrows[first[to + 1]++] = (Arrow){ state, a->weight[json][class] };
+        }
     }
     while (head < tail) {
         uint32_t state = queue[head++];
-        for (uint32_t i = first[state]; i < first[state + 1]; i++) {
-            uint32_t before = from[i] / a->classes;
-            uint32_t weight = a->weight[json][from[i] % a->classes];
-            if (weight == BEYOND || row[before].chars <= row[state].chars) continue;
-            if (row[before].chars == BEYOND) queue[tail++] = before;
-            better_need(&row[before], (Need){ row[state].chars + 1,
-                                              plus(row[state].bytes, weight) });
+        for (Arrow *arrow = arrows + first[state]; arrow < arrows + first[state + 1]; arrow++) {
+            Need *before = &row[arrow->from];
+            if (arrow->weight == BEYOND || before->chars <= row[state].chars) continue;
+            if (before->chars == BEYOND) queue[tail++] = arrow->from;
+            better_need(before, (Need){ row[state].chars + 1,
+                                        plus(row[state].bytes, arrow->weight) });
         }
     }
 }
@@ -4845,10 +4848,11 @@ static Trie trie_of(Arena *arena, const TokenText *texts, size_t n) {
         while (depth > shared) t.nodes[path[--depth]].end = t.n;
         for (; depth < one->n; depth++) {
             path[depth] = t.n;
-            t.nodes[t.n++] = (TrieNode){ .token = TOKENIZER_NONE, .depth = (uint16_t)depth,
-                                         .byte = (uint8_t)one->text[depth] };
+            t.nodes[t.n++] = (TrieNode){
+                .token = depth + 1 == one->n ? one->token : TOKENIZER_NONE,
+                .depth = (uint16_t)depth, .byte = (uint8_t)one->text[depth],
+            };
         }
-        t.nodes[path[depth - 1]].token = one->token;
     }
     while (depth > 0) t.nodes[path[--depth]].end = t.n;
     for (int byte = 0; byte < 256; byte++) t.roots[byte] = t.n;
@@ -5870,9 +5874,9 @@ typedef struct {
 // Is one of the numbers in the range that have `more` digits more before the point and `behind` in
 // all behind it, of which those written are the first?
 static bool reaches(const Numbers *r, const Digits *d, int more, int behind) {
-    Wide low = d->digits, high = d->digits, unit = power_of_10(r->scale - behind);
-    if (d->whole == 0) low = more > 1 ? power_of_10(more - 1) : 0, high = power_of_10(more) - 1;
-    else low *= power_of_10(more), high = low + power_of_10(more) - 1;
+    Wide low = d->digits * power_of_10(more), high = low + power_of_10(more) - 1;
+    Wide unit = power_of_10(r->scale - behind);
+    if (d->whole == 0 && more > 1) low = power_of_10(more - 1);        // no leading zeros
     int shift = r->scale - d->fraction;
     low *= power_of_10(shift), high = high * power_of_10(shift) + power_of_10(shift) - unit;
     Wide least = d->negative ? -r->high : r->low, most = d->negative ? -r->low : r->high;

@@ -15,7 +15,7 @@ static bool walk_text(const Schema *c, Masker *k, const uint32_t *ids, size_t n,
         find_allowed(k, c, text.frame, 1 << 20);
         least[i] = fmin(least[i], seconds() - start);
         fits = k->allowed[ids[i] / 64] >> ids[i] % 64 & 1;
-        if (fits) constraint_take(&text, ids[i]);
+        fits = fits && constraint_take(&text, ids[i], false);
     }
     fits &= may_end(text.frame);
     constraint_close(&text);

@@ -56,21 +56,38 @@ bench: $(OUT) $(BENCH) $(MODEL)
 bench-prompts: $(BENCH) $(MODEL)
 	$(BENCH) $(MODEL) --prompts
 
-# The model goes along if it is here.
+# With the man page and the shells' completions, made of the program's own --help. The model goes
+# along if it is here.
+SHARE = "$(DESTDIR)$(PREFIX)/share
+PAGES = man/man1/kl3m.1 bash-completion/completions/kl3m zsh/site-functions/_kl3m \
+        fish/vendor_completions.d/kl3m.fish
+
 install: $(OUT)
 	install -d "$(DESTDIR)$(PREFIX)/bin"
 	install -m 755 $(OUT) "$(DESTDIR)$(PREFIX)/bin/kl3m"
-	if [ -f $(MODEL) ]; then install -d "$(DESTDIR)$(PREFIX)/share/kl3m" && \
-		install -m 644 $(MODEL) "$(DESTDIR)$(PREFIX)/share/kl3m/"; fi
+	pages=$$(mktemp -d) && $(PYTHON) tests/make/pages.py $(OUT) "$$pages" && \
+		mv "$$pages/kl3m.bash" "$$pages/kl3m" && for page in $(PAGES); do \
+			install -d $(SHARE)/$${page%/*}" && \
+			install -m 644 "$$pages/$${page##*/}" $(SHARE)/$$page" || exit; \
+		done && rm -r "$$pages"
+	if [ -f $(MODEL) ]; then install -d $(SHARE)/kl3m" && \
+		install -m 644 $(MODEL) $(SHARE)/kl3m/"; fi
 
 uninstall:
-	rm -f "$(DESTDIR)$(PREFIX)/bin/kl3m" "$(DESTDIR)$(PREFIX)/share/kl3m/$(MODEL)"
-	-rmdir "$(DESTDIR)$(PREFIX)/share/kl3m" 2>/dev/null
+	rm -f "$(DESTDIR)$(PREFIX)/bin/kl3m" $(SHARE)/kl3m/$(MODEL)"
+	for page in $(PAGES); do rm -f $(SHARE)/$$page"; done
+	-rmdir $(SHARE)/kl3m" 2>/dev/null
+
+# The source as it is committed, the same bytes each time.
+dist:
+	name=kl3m-$$(sed -n 's/^#define VERSION "\(.*\)"/\1/p' kl3m.c) && \
+		git archive --format=tar --prefix="$$name/" HEAD | gzip -9n > "$$name.tar.gz" && \
+		sha256sum "$$name.tar.gz"
 
 # What was downloaded stays: $(MODEL) is removed by hand.
 clean:
-	rm -f $(OUT) $(BENCH) demo.bin
+	rm -f $(OUT) $(BENCH) demo.bin kl3m-*.tar.gz
 
 # A break while the table is made leaves the model as it was, and make need not remove it.
 .PRECIOUS: demo.bin $(MODEL)
-.PHONY: demo model test bench bench-prompts install uninstall clean
+.PHONY: demo model test bench bench-prompts install uninstall dist clean

@@ -10523,6 +10523,7 @@ typedef struct {
     const char *why;           // of these two, for the message
     Command *command;          // what it asks for instead of generating, or NULL
     bool passes;               // the command runs passes, and so needs threads
+    const char *group;         // in --help, of the options from this one on; or NULL
 } Option;
 
 static Options options = {
@@ -10536,66 +10537,57 @@ static Options options = {
 
 static const Option option_table[] = {
     { 'm', "model", "FILE", TEXT, &options.model,
-      .help = "the exported model (default: see below)" },
+      .help = "the exported model (default: see below)",
+      .group = "Most used" },
     { 'p', "prompt", "TEXT", TEXT, &options.source.prompt,
       .help = "the prompt, escapes (\\n \\t \\xHH ...) decoded", .once = true, .excludes = "file" },
     { 'f', "file", "FILE", TEXT, &options.source.file,
       .help = "the whole file is the prompt; - is stdin", .once = true },
-    { 0, "no-escape", NULL, FLAG, &options.source.no_escape,
-      .help = "take prompts and stop texts as they are" },
-    { '0', "null", NULL, FLAG, &options.source.null,
-      .help = "prompts and texts end in NUL, as they are" },
-    { 0, "jsonl", NULL, FLAG, &options.source.jsonl,
-      .help = "each line is JSON with \"prompt\"; implies --json",
-      .excludes = "prompt file null tokenize detokenize logits",
-      .why = "it generates, and its prompts come from lines of standard input" },
     { 'n', "max-new-tokens", "N", WHOLE, &options.rules.new_tokens,
       .help = "at most N new tokens (128)",
       .most = INT_MAX },
     { 't', "temperature", "T", REAL, &options.settings.sampling.temperature,
       .help = "0 is greedy (0.3)",
       .most = INFINITY },
+    { 's', "seed", "S", WHOLE, &options.rules.seed,
+      .help = "0 to 2^53 - 1, fixes every draw (the system's)", .most = MOST_SEED },
+    { 'r', "num-return-sequences", "R", WHOLE, &options.settings.returns,
+      .help = "continuations of each prompt (1)", .least = 1, .most = INT_MAX },
+    { 0, "no-echo", NULL, FLAG, &options.no_echo,
+      .help = "print the continuation without the prompt" },
+    { 0, "json", NULL, FLAG, &options.json, .help = "one JSON object a prompt, one a line" },
+    { 0, "jsonl", NULL, FLAG, &options.source.jsonl,
+      .help = "each line is JSON with \"prompt\"; implies --json",
+      .excludes = "prompt file null tokenize detokenize logits",
+      .why = "it generates, and its prompts come from lines of standard input" },
+    { '0', "null", NULL, FLAG, &options.source.null,
+      .help = "prompts and texts end in NUL, as they are",
+      .group = "Prompts" },
+    { 0, "no-escape", NULL, FLAG, &options.source.no_escape,
+      .help = "take prompts and stop texts as they are" },
+    { 0, "truncate", "left|right", CHOICE, &options.rules.truncate,
+      .help = "cut a prompt there until N tokens fit" },
+    { 0, "no-special", NULL, FLAG, &options.rules.no_special,
+      .help = "read <|end|> in a prompt as plain text" },
     { 'k', "top-k", "K", WHOLE, &options.settings.sampling.top_k,
-      .help = "draw from the K likeliest; 0 is off (50)", .most = INT_MAX },
+      .help = "draw from the K likeliest; 0 is off (50)", .most = INT_MAX,
+      .group = "Sampling" },
     { 0, "top-p", "P", REAL, &options.settings.sampling.top_p,
       .help = "draw from the nucleus of probability P (1)", .most = 1 },
     { 0, "min-p", "P", REAL, &options.settings.sampling.min_p,
       .help = "least share of the likeliest's probability (0)", .most = 1 },
     { 0, "repetition-penalty", "R", REAL, &options.settings.sampling.penalty,
       .help = "as in transformers (1)", .most = INFINITY, .above = true },
-    { 'r', "num-return-sequences", "R", WHOLE, &options.settings.returns,
-      .help = "continuations of each prompt (1)", .least = 1, .most = INT_MAX },
-    { 's', "seed", "S", WHOLE, &options.rules.seed,
-      .help = "0 to 2^53 - 1, fixes every draw (the system's)", .most = MOST_SEED },
     { 0, "stop", "TEXT", REPEATED_TEXT, &options.stops,
       .help = "end before TEXT; may be repeated" },
     { 0, "ignore-eos", NULL, FLAG, &options.settings.ignore_eos, .help = "go on past <|end|>" },
-    { 0, "no-echo", NULL, FLAG, &options.no_echo,
-      .help = "print the continuation without the prompt" },
-    { 0, "truncate", "left|right", CHOICE, &options.rules.truncate,
-      .help = "cut a prompt there until N tokens fit" },
-    { 0, "no-special", NULL, FLAG, &options.rules.no_special,
-      .help = "read <|end|> in a prompt as plain text" },
-    { 0, "json", NULL, FLAG, &options.json, .help = "one JSON object a prompt, one a line" },
-    { 'j', "threads", "J", WHOLE, &options.threads,
-      .help = "threads (the CPUs this process may use)",
-      .least = 1, .most = INT_MAX },
-    { 'b', "batch", "B", WHOLE, &options.settings.batch,
-      .help = "most sequences in work at once (48)",
-      .least = 1, .most = INT_MAX },
-    { 0, "rows", "N", WHOLE, &options.settings.rows,
-      .help = "most rows (tokens) in one pass (256, or B)",
-      .least = 1, .most = INT_MAX },
-    { 0, "kv-memory", "SIZE", SIZE, &options.settings.kv_memory,
-      .help = "ceiling for keys and values, as 512M or 2G", .least = 1, .most = 0x1p60 },
-    { 0, "no-speculation", NULL, FLAG, &options.no_speculation,
-      .help = "one token a pass: no guesses" },
     { 0, "score", NULL, FLAG, &options.score,
       .help = "score each text instead of continuing it",
       .command = score, .passes = true,
       .excludes = "max-new-tokens temperature top-k top-p min-p repetition-penalty "
                   "num-return-sequences seed stop ignore-eos no-echo no-speculation",
-      .why = "nothing is drawn" },
+      .why = "nothing is drawn",
+      .group = "Scores" },
     { 0, "stride", "N", WHOLE, &options.rules.stride,
       .help = "with --score: of windows (half the context)",
       .least = 1, .most = INT_MAX, .needs = "score" },
@@ -10606,7 +10598,8 @@ static const Option option_table[] = {
       .excludes = "json jsonl null", .why = "it shows one text in colours" },
     { 0, "schema", "FILE", TEXT, &options.schema,
       .help = "texts are JSON that fits this JSON Schema",
-      .excludes = "regex schema-member " FREE_TEXT, .why = "the schema says where a text ends" },
+      .excludes = "regex schema-member " FREE_TEXT, .why = "the schema says where a text ends",
+      .group = "Structured output" },
     { 0, "regex", "PATTERN", TEXT, &options.regex,
       .help = "texts match PATTERN from end to end",
       .excludes = "schema-member " FREE_TEXT, .why = "the pattern says where a text ends" },
@@ -10620,14 +10613,16 @@ static const Option option_table[] = {
       .needs = "schema regex", .excludes = "prompt file null jsonl json",
       .why = "it judges lines of standard input" },
     { 0, "tokenize", NULL, FLAG, &options.tokenize, .help = "print each prompt's token ids",
-      .command = tokenize },
+      .command = tokenize,
+      .group = "Tokens" },
     { 0, "detokenize", NULL, FLAG, &options.detokenize,
       .help = "lines of token ids in, their text out",
       .command = detokenize },
     { 0, "logits", "FILE", TEXT, &options.logits, .help = "write the prompt's logits, fp32",
       .command = logits, .passes = true },
     { 0, "info", NULL, FLAG, &options.info,
-      .help = "say what the model file holds", .command = info },
+      .help = "say what the model file holds", .command = info,
+      .group = "Model files" },
     { 0, "verify", NULL, FLAG, &options.verify, .help = "check the model file's checksums",
       .command = verify },
     { 0, "learn", NULL, FLAG, &options.learn,
@@ -10635,16 +10630,31 @@ static const Option option_table[] = {
       .command = learn_guesses, .passes = true, .needs = "out",
       .excludes = "prompt null json jsonl stop num-return-sequences no-speculation",
       .why = "it samples a text of each of its own beginnings, and learns from -f FILE" },
+    { 0, "tokens", "N", WHOLE, &options.tokens, .help = "with --learn: sample N tokens (40000)",
+      .least = 1, .most = 0x1p40, .needs = "learn" },
     { 0, "quantize", "bf16|q8", CHOICE, &options.quantize,
       .help = "write the model with smaller weights (-o)",
       .command = quantize_model, .passes = true, .needs = "out",
       .excludes = "prompt file null json jsonl",
       .why = "it reads the model and nothing else" },
-    { 'o', "out", "FILE", TEXT, &options.out, .help = "the file that these two write",
+    { 'o', "out", "FILE", TEXT, &options.out, .help = "the file that --learn, --quantize write",
       .needs = "learn quantize" },
-    { 0, "tokens", "N", WHOLE, &options.tokens, .help = "with --learn: sample N tokens (40000)",
-      .least = 1, .most = 0x1p40, .needs = "learn" },
-    { 'q', "quiet", NULL, FLAG, &options.quiet, .help = "errors only on standard error" },
+    { 'j', "threads", "J", WHOLE, &options.threads,
+      .help = "threads (the CPUs this process may use)",
+      .least = 1, .most = INT_MAX,
+      .group = "Machine" },
+    { 'b', "batch", "B", WHOLE, &options.settings.batch,
+      .help = "most sequences in work at once (48)",
+      .least = 1, .most = INT_MAX },
+    { 0, "rows", "N", WHOLE, &options.settings.rows,
+      .help = "most rows (tokens) in one pass (256, or B)",
+      .least = 1, .most = INT_MAX },
+    { 0, "kv-memory", "SIZE", SIZE, &options.settings.kv_memory,
+      .help = "ceiling for keys and values, as 512M or 2G", .least = 1, .most = 0x1p60 },
+    { 0, "no-speculation", NULL, FLAG, &options.no_speculation,
+      .help = "one token a pass: no guesses" },
+    { 'q', "quiet", NULL, FLAG, &options.quiet, .help = "errors only on standard error",
+      .group = "Other" },
     { 'v', "verbose", NULL, FLAG, &options.verbose, .help = "seeds and timings on standard error" },
     { 'h', "help", NULL, FLAG, &options.help, .help = "this text" },
     { 0, "version", NULL, FLAG, &options.version, .help = "the program's version" },
@@ -10662,6 +10672,7 @@ static int show_help(void) {
     for (int i = 0; i < OPTIONS; i++) {
         const Option *o = &option_table[i];
         char left[64];
+        if (o->group) append_format(&out, "%s%s:\n", i ? "\n" : "", o->group);
         snprintf(left, sizeof left, "%c%c%s --%s%s%s", o->letter ? '-' : ' ',
                  o->letter ? o->letter : ' ', o->letter ? "," : " ", o->name, o->value ? " " : "",
                  o->value ? o->value : "");
@@ -10768,6 +10779,38 @@ static const Option *find_option(char letter, const char *name, size_t n) {
     return NULL;
 }
 
+// How many letters must be changed, put in or left out to make one name of another (Levenshtein
+// 1966).
+static size_t distance(const char *a, size_t n, const char *b) {
+    enum { LONGEST_NAME = 64 };
+    size_t row[LONGEST_NAME + 1], m = strlen(b);
+    if (m > LONGEST_NAME) return n + m;
+    for (size_t k = 0; k <= m; k++) row[k] = k;
+    for (size_t i = 0; i < n; i++) {
+        size_t diagonal = row[0];
+        row[0] = i + 1;
+        for (size_t k = 0; k < m; k++) {
+            size_t changed = diagonal + (a[i] != b[k]), more = row[k] < row[k + 1] ? row[k]
+                                                                                  : row[k + 1];
+            diagonal = row[k + 1];
+            row[k + 1] = changed < more + 1 ? changed : more + 1;
+        }
+    }
+    return row[m];
+}
+
+// The option's name that is nearest to one that is none; NULL: nothing is near.
+static const char *nearest_name(const char *name, size_t n) {
+    const char *nearest = NULL;
+    size_t least = n / 3 + 2;
+    for (const Option *o = option_table; o < option_table + OPTIONS; o++) {
+        bool begins = n > 1 && strncmp(o->name, name, n) == 0;
+        size_t far = begins ? 1 : distance(name, n, o->name);
+        if (far < least) least = far, nearest = o->name;
+    }
+    return nearest;
+}
+
 // --name, --name=value or --name value, at argv[i]. Returns the last argument that it took.
 static int parse_long(int argc, char **argv, int i) {
     char *name = argv[i] + 2;
@@ -10776,6 +10819,8 @@ static int parse_long(int argc, char **argv, int i) {
     for (char *c = name; c < name + n; c++)
         if (*c == '_') *c = '-';
     const Option *o = find_option(0, name, n);
+    const char *nearest = o ? NULL : nearest_name(name, n);
+    if (nearest) usage_error("--%.*s is no option, --%s is", (int)n, name, nearest);
     if (o == NULL) usage_error("--%.*s is no option", (int)n, name);
     if (o->kind == FLAG && value) usage_error("%s takes no value", title_of(o).text);
     if (o->kind != FLAG && value == NULL && ++i == argc)

@@ -162,6 +162,18 @@ def forms_of_options():
         expect(kl3m("-n0", *args).out.decode(), prompt + "\n", args)
 
 
+@test("an option that is none is told the one that is nearest, if one is near")
+def nearest_option():
+    for said, meant in [("--tempature", "--temperature"), ("--temp", "--temperature"),
+                        ("--maxnewtokens=3", "--max-new-tokens"), ("--jsnol", "--json"),
+                        ("--no-ecco", "--no-echo"), ("--shcema", "--schema")]:
+        done = run_kl3m(said)
+        assert done.code == 2 and " is no option, %s is" % meant in done.err, (said, done.err)
+    for said in ("--xyzzy", "--" + 100 * "a", "--q"):
+        done = run_kl3m(said)
+        assert done.code == 2 and "is no option; kl3m" in done.err, (said, done.err)
+
+
 @test("--help and --version go to standard output, fit 80 columns and need no model")
 def help_and_version():
     for name in ("-h", "--help"):

@@ -60,7 +60,8 @@ def zsh():
     script = """
         fpath=($1 $fpath); zmodload zsh/zpty; export TERM=dumb
         zpty shell zsh -f -i
-        zpty -w shell "PS1=; fpath=($1 \\$fpath); autoload -Uz compinit; compinit -D -u; echo rea''dy"
+        zpty -w shell "PS1=; fpath=($1 \\$fpath); autoload -Uz compinit; compinit -D -u"
+        zpty -w shell "echo rea''dy"
         zpty -r -m shell line '*ready*'
         zpty -n -w shell "$2"$'\\t'
         sleep 0.5; zpty -n -w shell $'\\t'; sleep 0.5

@@ -420,6 +420,13 @@ static bool wait_for_input(int fd, bool wait) {
     return !interrupted && ready[1].revents != 0;
 }
 
+// Goes on as if the signal had not come.
+static void forget_interrupt(void) {
+    char byte;
+    while (read(stop_pipe[0], &byte, 1) < 0 && errno == EINTR) {}
+    interrupted = 0;
+}
+
 // A file to be read, "-" standard input. A named pipe that nobody writes to yet is waited for when
 // it is read, where a signal is seen, and not here.
 static int open_input(const char *name) {
@@ -7778,6 +7785,8 @@ struct Request {
     int n;
     int prompt_tokens;         // n, or 0 for an empty prompt, which starts from <|start|>
     int limit;                 // new tokens at most
+    int before;                // of the ids so many were drawn before: it goes on with a text,
+    Bytes begun;               // which has come so far
     uint64_t seed, stream;     // of its draws
     const uint32_t *forced;    // NULL, or [limit]: drawn instead; tests/bench replays known text
     Schema *schema;            // that its continuations fit, or NULL; it is one of its users
@@ -7800,6 +7809,7 @@ typedef struct {
     bool ignore_eos;
     bool every_position;       // the logits of each position of the prompts, and no new tokens
     bool scores;               // the continuations are known: how likely are they?
+    bool converses;            // one prompt after another, and perhaps the last text goes on
     long logprobs;             // of each place so many tokens' are wanted, besides that of its own;
                                // -1: none
     Texts stops;               // end a continuation, which is cut before them
@@ -8003,7 +8013,7 @@ static Continuation *start_continuation(Pages *p, const Settings *s, Request *r,
     int likeliest = likeliest_of(s);
     if (likeliest)
         c->ranks = allocate_raw(tokens, (1 + (size_t)likeliest) * sizeof *c->ranks, LINE_BYTES);
-    append(&c->text, "", 0);                   // so that an empty text is a string too
+    append(&c->text, r->begun.data, r->begun.size);        // an empty text is a string too
     c->sequence = kv_fork(&r->prompt_kv, behind);
     if (r->schema) constraint_begin(&c->constraint, r->schema);
     c->tail = r->tail;
@@ -8021,9 +8031,22 @@ static void end_request(Pages *p, Request *r) {
     kv_free(&p->kv, &r->prompt_kv);
 }
 
-// A continuation is decided. Its pages go to the next one, or back.
-static void end_continuation(Pages *p, Continuation *c) {
+// What a text's keys and values hold becomes its request's prompt, which will be remembered.
+static void keep_text(Pages *p, Continuation *c) {
     Request *r = c->request;
+    uint32_t *ids = allocate((size_t)r->n + (size_t)c->n, sizeof *ids);
+    memcpy(ids, r->ids, (size_t)r->n * sizeof *ids);
+    memcpy(ids + r->n, c->ids, (size_t)c->n * sizeof *ids);
+    free(r->ids);
+    kv_free(&p->kv, &r->prompt_kv);
+    r->ids = ids, r->prompt_kv = c->sequence;
+    c->sequence = (Sequence){0};
+}
+
+// A continuation is decided. Its pages go to the next one, or back.
+static void end_continuation(Pages *p, const Settings *s, Continuation *c) {
+    Request *r = c->request;
+    if (s->converses && r->n_continuations == 1) keep_text(p, c);
     kv_free(&p->kv, &c->sequence);
     constraint_close(&c->constraint);
     r->finished++;
@@ -8048,6 +8071,7 @@ static void request_free(Request *r, KVCache *kv) {
     free(r->ids);
     free(r->prompt);
     free(r->members.data);
+    free(r->begun.data);
     free(r->error);
     free(r);
 }
@@ -8177,7 +8201,7 @@ static void draw_piece(void *arg, int piece, int thread) {
         Choice choice = {
             .logits = d->logits + (long)d->drawn * padded(vocab), .n = vocab,
             .prompt = r->ids, .n_prompt = r->n, .drawn = c->ids, .n_drawn = n,
-            .number = uniform(r->seed, r->stream, c->number, (uint32_t)n),
+            .number = uniform(r->seed, r->stream, c->number, (uint32_t)(n + r->before)),
         };
         if (!s->kernels->all_finite(vocab, choice.logits)) d->fault = NOT_FINITE;
         if (d->fault) return;
@@ -8236,7 +8260,7 @@ static void draw_all(Scheduler *s, int n) {
         if (c->reason == UNDECIDED) s->running[s->n_running++] = c;
         else {
             s->in_work--;
-            end_continuation(&s->pages, c);
+            end_continuation(&s->pages, &s->settings, c);
         }
         if (s->client.grown) s->client.grown(s->client.arg, c);
     }
@@ -8293,7 +8317,7 @@ static bool wholly_scored(const Continuation *c) { return c->unscored + c->n >= 
 static void end_score(Scheduler *s, Continuation *c) {
     c->reason = BY_LENGTH;
     s->in_work--;
-    end_continuation(&s->pages, c);
+    end_continuation(&s->pages, &s->settings, c);
 }
 
 // Begins as many of a request's continuations as there is room for. One that is to be drawn runs
@@ -9612,6 +9636,16 @@ typedef struct {
     long tokens;               // that --learn samples
 } Options;
 
+// The last text of a conversation, which an empty line goes on with.
+typedef struct {
+    uint32_t *ids;             // [n]: the prompt's, and behind them those drawn
+    size_t room;
+    int n, prompt_tokens, drawn;
+    uint64_t seed;
+    Bytes text;
+    bool open;                 // only a limit, or Ctrl-C, has ended it
+} LastText;
+
 // Everything `generate` knows; the scheduler's callbacks get it.
 typedef struct {
     const Options *o;
@@ -9621,7 +9655,24 @@ typedef struct {
     Prompts prompts;
     Results results;
     Scheduler scheduler;
+    LastText last;             // of a conversation
+    Request *line;             // its next request
 } Generation;
+
+static void keep_ids(LastText *l, const uint32_t *ids, int n) {
+    l->ids = grow(l->ids, &l->room, (size_t)(l->n + n + 1) * sizeof *ids);
+    if (n) memcpy(l->ids + l->n, ids, (size_t)n * sizeof *ids);
+    l->n += n;
+}
+
+// What was drawn of the text, as far as it has come.
+static void keep_drawn(LastText *l, const Continuation *c) {
+    keep_ids(l, c->ids, c->n);
+    l->drawn += c->n;
+    l->text.size = 0;
+    append(&l->text, c->text.data, c->text.size);
+    l->open = c->reason == BY_LENGTH || c->reason == UNDECIDED;
+}
 
 static Request *next_generation(void *arg, bool wait, bool *ended) {
     Generation *g = arg;
@@ -9639,7 +9690,9 @@ static void generation_grown(void *arg, const Continuation *c) {
 }
 
 static void generation_decided(void *arg, Continuation *c) {
-    show_decided(&((Generation *)arg)->results, c);
+    Generation *g = arg;
+    if (g->settings.converses) keep_drawn(&g->last, c);
+    show_decided(&g->results, c);
 }
 
 static void generation_done(void *arg, Request *r) { show_done(&((Generation *)arg)->results, r); }
@@ -9683,25 +9736,31 @@ static Texts texts_of(const Given *given, bool escaped) {
     return texts;
 }
 
-// Runs all prompts and shows what became of them, in this shape.
-static int run_all(Generation *g, Shape shape, const Kernels *kernels) {
+// Everything that a run needs, for results of this shape. `next` is where prompts come from.
+static void open_run(Generation *g, Shape shape, const Kernels *kernels, Guesses *guesses,
+                     Request *(*next)(void *arg, bool wait, bool *ended)) {
     const Options *o = g->o;
-    Client client = { g, .next = next_generation, .begun = generation_begun,
-                      .grown = generation_grown, .decided = generation_decided,
-                      .done = generation_done };
-    Guesses guesses = {0}, *used = NULL;
-    if (!o->no_speculation && !g->settings.scores) {
-        guesses = guesses_open(g->m);
-        used = &guesses;
-    }
+    Client client = { g, .next = next, .begun = generation_begun, .grown = generation_grown,
+                      .decided = generation_decided, .done = generation_done };
+    bool echo = !o->no_echo && g->settings.vocabulary == NULL && !g->settings.converses;
     g->prompts = prompts_open(&o->source);
-    bool echo = !o->no_echo && g->settings.vocabulary == NULL;
     g->results = results_of(shape, o->source.null, echo, &g->settings);
     g->results.tokenizer = &g->m->tokenizer;
     g->results.colour = shape == HEAT && !o->no_colour;
     g->results.verbose = o->verbose;
     g->results.progress = progress_of(o);
-    g->scheduler = scheduler_open(g->m, kernels, g->settings, client, used);
+    g->scheduler = scheduler_open(g->m, kernels, g->settings, client, guesses);
+}
+
+// Runs all prompts and shows what became of them, in this shape.
+static int run_all(Generation *g, Shape shape, const Kernels *kernels) {
+    const Options *o = g->o;
+    Guesses guesses = {0}, *used = NULL;
+    if (!o->no_speculation && !g->settings.scores) {
+        guesses = guesses_open(g->m);
+        used = &guesses;
+    }
+    open_run(g, shape, kernels, used, next_generation);
     if (!o->quiet) show_legend(&g->results);
     double start = seconds();
     schedule(&g->scheduler);
@@ -9813,6 +9872,104 @@ static int check(const Options *o, Model *m, const Kernels *kernels) {
     free_texts(&ignored);
     vocabulary_close(v);
     return interrupted ? interrupted : status;
+}
+
+static Request *next_line(void *arg, bool wait, bool *ended) {
+    (void)wait;
+    Generation *g = arg;
+    Request *r = g->line;
+    g->line = NULL;
+    *ended = r == NULL;
+    return r;
+}
+
+// A request for a prompt of the conversation, which is its last text from now on.
+static Request *begin_text(Generation *g, Prompt *p) {
+    Request *r = request_for(&g->prompts, p, g->m, &g->rules, &g->settings);
+    LastText *l = &g->last;
+    l->n = l->drawn = 0;
+    l->open = false;
+    l->prompt_tokens = r->prompt_tokens, l->seed = r->seed;
+    if (!r->error) keep_ids(l, r->ids, r->n);
+    g->results.shown = 0;
+    return r;
+}
+
+// A request that goes on with the last text as if -n had been larger: the same seed and draws.
+// NULL: there is nothing to go on with.
+static Request *go_on(Generation *g) {
+    LastText *l = &g->last;
+    int room = g->m->c.context - l->n;
+    bool alone = g->settings.returns == 1 && !g->settings.vocabulary;
+    if (!l->open || !alone || g->rules.new_tokens == 0) return NULL;
+    if (room <= 0) message("the context of %d tokens is full", g->m->c.context);
+    if (room <= 0) return NULL;
+    Request *r = allocate(1, sizeof *r);
+    r->prompt = allocate(1, 1);
+    r->ids = memcpy(allocate((size_t)l->n, sizeof *r->ids), l->ids,
+                    (size_t)l->n * sizeof *r->ids);
+    r->n = l->n, r->prompt_tokens = l->prompt_tokens, r->before = l->drawn, r->seed = l->seed;
+    r->limit = g->rules.new_tokens < room ? (int)g->rules.new_tokens : room;
+    r->error = memory_refusal(r, g->m, &g->settings);
+    append(&r->begun, l->text.data, l->text.size);
+    g->results.shown = l->text.size;
+    return r;
+}
+
+// Reads a line; its request goes to g->line, if it asks for something. False: there are no more.
+static bool read_line(Generation *g) {
+    Prompt p = {0};
+    long line;
+    write_error("> ", 2);
+    int got = next_prompt(&g->prompts, true, &p, &line);
+    if (got == 1 && p.text.size == 0) g->line = go_on(g);
+    else if (got == 1) g->line = begin_text(g, &p);
+    prompt_free(&p);
+    if (got != 1) write_error("\n", 1);
+    return got >= 0;
+}
+
+// Ctrl-C ends a text, or a line, and not the program. Nothing of it is left in the scheduler.
+static void end_text(Generation *g, const Kernels *kernels, Guesses *guesses) {
+    Request *r = g->scheduler.first;
+    if (r && r->started > r->delivered) keep_drawn(&g->last, r->continuations);
+    if (r) g->last.open = true;
+    show_interrupted(&g->results, r);
+    Client client = g->scheduler.client;
+    scheduler_close(&g->scheduler);
+    g->scheduler = scheduler_open(g->m, kernels, g->settings, client, guesses);
+    forget_interrupt();
+}
+
+// A terminal: each line is a prompt, whose text streams out.
+static int converse(const Options *o, Model *m, const Kernels *kernels) {
+    Generation g = { .o = o, .m = m, .settings = o->settings, .rules = o->rules };
+    g.settings.stops = texts_of(&o->stops, !o->source.no_escape);
+    g.settings.converses = true;
+    Vocabulary *vocabulary = constrain(o, m, &g.settings);
+    Guesses guesses = {0}, *used = o->no_speculation ? NULL : &guesses;
+    if (used) guesses = guesses_open(m);
+    open_run(&g, o->settings.returns == 1 ? STREAM : LINES, kernels, used, next_line);
+    if (!o->quiet)
+        message("continues legal text: a line is a prompt, an empty one goes on with the last "
+                "text; Ctrl-C ends a text, Ctrl-D the program, kl3m --help lists the options");
+    double start = seconds();
+    while (!interrupted && read_line(&g)) {
+        g.scheduler.ended = false;
+        if (g.line) schedule(&g.scheduler);
+        if (interrupted == 128 + SIGINT) end_text(&g, kernels, used);
+    }
+    if (o->verbose) show_figures(&g.scheduler, start, seconds());
+    scheduler_close(&g.scheduler);
+    if (used) guesses_close(used);
+    prompts_close(&g.prompts);
+    free_texts(&g.settings.stops);
+    free_texts(&g.settings.ignored);
+    schema_free(g.settings.schema);
+    vocabulary_close(vocabulary);
+    free(g.last.ids);
+    free(g.last.text.data);
+    return interrupted ? interrupted : OK;
 }
 
 // Ids as digits and spaces, by hand and into one buffer: printf, or an allocation for each line,
@@ -10902,13 +11059,13 @@ static void parse_options(int argc, char **argv) {
     const char *no_color = getenv("NO_COLOR");
     options.no_colour = no_color && *no_color;
     options.verbose &= !options.quiet;
-    bool prompts = !options.info && !options.verify && !options.learn && !options.quantize &&
-                   !options.check && !options.help && !options.version;
-    if (prompts && !options.source.prompt && !options.source.file && isatty(STDIN_FILENO)) {
-        message("usage: kl3m -p TEXT | -f FILE | < PROMPTS, a prompt a line; kl3m --help lists the "
-                "options");
-        exit(USAGE);
-    }
+}
+
+// Is somebody there to talk to? Then a prompt is asked for line by line.
+static bool is_conversation(void) {
+    const Source *s = &options.source;
+    return !s->prompt && !s->file && !s->jsonl && !s->null && !options.json &&
+           isatty(STDIN_FILENO) && isatty(STDOUT_FILENO);
 }
 
 // The file that runs: on Linux what the kernel says, elsewhere the name it was called by, looked up
@@ -11096,7 +11253,7 @@ static int carry_out(const char *name) {
     Model m = model_open(path);
     const Kernels *kernels = find_kernels();
     const Option *chosen = chosen_option();
-    Command *command = chosen ? chosen->command : generate;
+    Command *command = chosen ? chosen->command : is_conversation() ? converse : generate;
     bool passes = chosen == NULL || chosen->passes;
     keep_denormals();
     if (passes) threads_start(options.threads ? (int)options.threads : usable_cpus());

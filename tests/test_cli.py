@@ -195,18 +195,6 @@ def help_and_version():
     assert "kl3m" in done.text and re.search(r"\d", done.text), done.text
 
 
-@test("without a prompt, a terminal on standard input gets a line of usage and status 2")
-def usage_on_a_terminal():
-    ours, theirs = pty.openpty()
-    done = subprocess.run([str(KL3M), "-m", str(model())], stdin=theirs, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=20)
-    os.close(ours)
-    os.close(theirs)
-    expect((done.returncode, done.stdout), (2, b""))
-    assert (re.search(rb"(?i)usage.*kl3m", done.stderr)
-            and done.stderr.count(b"\n") == 1), done.stderr
-
-
 # ---- Prompts in -------------------------------------------------------------------------------
 
 ESCAPES = [  # as written, what it stands for

@@ -81,6 +81,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifdef __APPLE__
+#define st_mtim st_mtimespec   // what POSIX calls it has another name there
+#endif
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -129,7 +133,7 @@ enum {
 enum { OK = 0, FAILED = 1, USAGE = 2, SOME_FAILED = 3 };   // and 128 + a signal's number
 
 static const char *volatile unfinished_file;   // removed if the program ends before it is whole
-static volatile sig_atomic_t interrupted;      // the exit status a signal asked for, or 0
+static atomic_int interrupted;                 // the exit status a signal asked for, or 0
 static int stop_pipe[2] = { -1, -1 };          // readable once a signal has come, for poll
 static const int stop_signals[] = { SIGINT, SIGTERM, SIGHUP };
 

@@ -9878,7 +9878,7 @@ static int check(const Options *o, Model *m, const Kernels *kernels) {
     return interrupted ? interrupted : status;
 }
 
-static Request *next_line(void *arg, bool wait, bool *ended) {
+static Request *next_said(void *arg, bool wait, bool *ended) {
     (void)wait;
     Generation *g = arg;
     Request *r = g->line;
@@ -9953,7 +9953,7 @@ static int converse(const Options *o, Model *m, const Kernels *kernels) {
     Vocabulary *vocabulary = constrain(o, m, &g.settings);
     Guesses guesses = {0}, *used = o->no_speculation ? NULL : &guesses;
     if (used) guesses = guesses_open(m);
-    open_run(&g, o->settings.returns == 1 ? STREAM : LINES, kernels, used, next_line);
+    open_run(&g, o->settings.returns == 1 ? STREAM : LINES, kernels, used, next_said);
     if (!o->quiet)
         message("continues legal text: a line is a prompt, an empty one goes on with the last "
                 "text; Ctrl-C ends a text, Ctrl-D the program, kl3m --help lists the options");

@@ -1,7 +1,11 @@
 """README's recipes for many files and many machines, run as they stand there."""
+import json
 import re
 import shutil
+import socket
 import subprocess
+import sys
+import time
 
 from harness import KL3M, ROOT, Skip, expect, run, small_model, test, tmpdir
 from test_schedule import lines, random_prompts
@@ -51,6 +55,22 @@ def alone(place, *args):
 def need(program):
     if shutil.which(program) is None:
         raise Skip(program + " is not installed")
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def connected(port):
+    """As soon as somebody listens there."""
+    for _ in range(100):
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    raise AssertionError("nobody listens")
 
 
 @test("README's recipe for GNU parallel gives one process's bytes, with a worker killed and "
@@ -109,3 +129,34 @@ def xargs():
         want += run([KL3M, "-m", place / "demo.bin", "-s", "1", "-n", "16", "-f",
                      place / name.decode()]).out
     expect(cook(place, recipe("xargs -0")), (0, want))
+
+
+@test("README's Python that keeps the program open asks and is answered, in order")
+def kept_open():
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"),
+                        flags=re.M | re.S)
+    block, = [block for block in blocks if "def ask" in block]
+    place = kitchen(b"")
+    done = run([sys.executable, "-c", block], cwd=place)
+    expect((done.code, done.err), (0, ""))
+    assert done.text.startswith("Governing Law.\n") and "\nNotices.\n" in done.text, done.text
+
+
+@test("README's socat serves whoever connects")
+def service():
+    need("socat")
+    place, found = kitchen(b""), []
+    port = free_port()
+    command = recipe("socat").replace("8170", str(port))
+    server = subprocess.Popen(["sh", "-c", "exec " + command], cwd=place)
+    try:
+        for prompt in ("Governing Law.\n", "Notices.\n"):
+            with connected(port) as client:
+                client.sendall(json.dumps({"prompt": prompt, "id": prompt}).encode() + b"\n")
+                client.shutdown(socket.SHUT_WR)
+                found.append(json.loads(client.makefile().read()))
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+    expect([one["id"] for one in found], ["Governing Law.\n", "Notices.\n"])
+    assert all(one["generated_text"][0].startswith(one["id"]) for one in found), found

@@ -1282,7 +1282,8 @@ static void map_file(Model *m) {
     int fd = open(m->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);     // no named pipe holds us up
     struct stat *s = &mapped_file.as_opened;
     if (fd < 0 || fstat(fd, s) != 0)
-        die("cannot open the model %s: %s", m->path, strerror(errno));
+        die("cannot open the model %s: %s; export_weights.py makes one, and where the program was "
+            "built so do `make model` and, small, `make demo`", m->path, strerror(errno));
     if (S_ISDIR(s->st_mode))
         die("%s is a directory, not a model file; make one with: python3 export_weights.py %s",
             m->path, m->path);
@@ -4937,7 +4938,8 @@ static Vocabulary *vocabulary_open(Tokenizer *t) {
         uint32_t node = v->all.roots[byte];
         bool alone = node < v->all.n && v->all.nodes[node].token != TOKENIZER_NONE;
         if (!alone && byte != 0xC0 && byte != 0xC1)
-            die("the tokenizer has no token for byte %d alone, as schemas need it", byte);
+            die("the model's tokenizer has no token for byte %d alone, so not every text can be "
+                "written; schemas and patterns need that", byte);
     }
     for (int i = 0; i < GLUES; i++) {
         uint32_t left[4];
@@ -6682,7 +6684,8 @@ static void schema_free(Schema *c) {
 static void find_least(Schema *c) {
     Cost quoted = and_tokens(c->value->inner, 2), least = cheaper(quoted, c->value->whole);
     c->least_tokens = least.depth <= MAX_DEPTH ? least.tokens : BEYOND;
-    if (c->least_tokens == BEYOND) reject(c, c->root, "nothing fits it");
+    if (c->least_tokens == BEYOND)
+        reject(c, c->root, "nothing fits it: what it asks for contradicts itself");
 }
 
 // A schema, ready to be used if it has no refusals.
@@ -10291,7 +10294,8 @@ static void check_room(const Options *o, double need, const Output *out) {
     if (out->temporary && statvfs(out->temporary, &disk) == 0)
         room = (double)disk.f_bavail * (double)disk.f_frsize;
     if (room < need)
-        die("%s: the disk has %.0f MB left, %.0f are needed", o->out, room * 1e-6, need * 1e-6);
+        die("%s: the disk has %.0f MB left, %.0f are needed; make room, or name another place",
+            o->out, room * 1e-6, need * 1e-6);
 }
 
 // On standard output; or, where what was written may lie there, on standard error.
@@ -10589,7 +10593,7 @@ static Part packed_part(Quantizing *q, const Section *source) {
                .source = source };
     int rows = (int)source->rows, cols = (int)source->cols;
     if (source->type != TYPE_F32)
-        die("%s has %s weights: only files with f32 weights can be quantized", q->m->path,
+        die("%s has %s weights; quantize the f32 file that it was made from", q->m->path,
             formats[source->type].name);
     p.section.type = q->type;
     p.section.size = matrix_bytes(q->type, source->layout, rows, cols);
@@ -11116,7 +11120,8 @@ static char *find_model(const char *name) {
     if (!found)
         die("there is no model: no %s in the current directory, in $XDG_DATA_HOME/kl3m "
             "(~/.local/share/kl3m), beside the program or in ../share/kl3m from there; type "
-            "`make model` where the program was built, or name one with -m FILE or $KL3M_MODEL",
+            "`make model` where the program was built (`make demo` makes a small one, demo.bin), "
+            "or name one with -m FILE or $KL3M_MODEL",
             file);
     return found;
 }

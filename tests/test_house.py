@@ -204,3 +204,23 @@ def tokenizer_alone():
     both = source("tokenizer.c") + source("tokenizer.h")
     expect(set(re.findall(r'#include "(.*?)"', both)), {"tokenizer.h"})
     assert not re.search(r"kl3m", code_of(both), flags=re.I)
+
+
+# Messages that leave nothing to be done, or say it without a semicolon.
+ENOUGH = ["out of memory", "a fault of kl3m", "the system gives no random numbers",
+          "cannot make a pipe", "so it cannot be mapped", "cannot map the model",
+          "nothing can be sampled to learn from", "in %s; kl3m", "out of memory for a prompt"]
+
+
+@test("a message that ends the program says what to do, or gives the system's own reason")
+def messages_have_remedies():
+    text = source("kl3m.c")
+    found, bare = 0, []
+    for call in re.finditer(r'\bdie\(((?:[^;"]|"(?:\\.|[^"\\])*")*?)\);', text):
+        said = "".join(re.findall(r'"((?:\\.|[^"\\])*)"', call.group(1)))
+        found += bool(said)
+        reasoned = "strerror" in call.group(1) or ";" in said or ": export" in said
+        if said not in ("", "%s") and not reasoned and not any(x in said for x in ENOUGH):
+            bare.append(said)
+    assert found > 40, found
+    expect([x for x in bare if not re.search(r"makes? |make it|expected|'-|--|export", x)], [])

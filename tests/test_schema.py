@@ -230,7 +230,7 @@ def objects():
     expect(fits(value, '{"a":1,"c":2,"b":3}', '{"a":1,"b":2}', '{"a":1,"b":2,"d":3}',
                 '{"a":1,"b":2,"a":3}'), [True, False, False, False])
     value["minProperties"] = 4
-    expect(refusals(value), [("", "", "nothing fits it")])
+    expect(refusals(value), [("", "", "nothing fits it: what it asks for contradicts itself")])
     value = {"properties": {"a": {}, "b": {}, "c": {}}, "minProperties": 2, "maxProperties": 2,
              "type": "object", "required": ["c"]}
     expect(fits(value, '{"a":1,"c":1}', '{"c":1}', '{"a":1,"b":1,"c":1}', '{"a":1,"b":1}'),

@@ -275,7 +275,7 @@ def refused():
     for kind in TYPES:
         done = run_kl3m("-m", made, "--quantize", kind, "-o", tmpdir() / "again.bin")
         expect((done.code, done.out), (1, b""))
-        assert "bf16 weights: quantize the f32 file weights" in done.err, done.err
+        assert "bf16 weights; quantize the f32 file" in done.err, done.err
         for bits in (0x7F800000, 0x7FC00001, 0x7FFFFFFF, 0xFFFFFFFF, 0xFF7FFFFF):
             if kind == "q8" and bits == 0xFF7FFFFF:
                 continue

@@ -5161,7 +5161,8 @@ typedef struct {
     const Value *free;             // of members with free names; NULL: there are none
     Language names;                // of these
     const Word *taken;             // [n_taken], sorted: names that are not free, without quotes
-    uint32_t n_taken, name_bytes;  // bytes of a free name, if members must have one
+    uint32_t n_taken, name_bytes;  // bytes of a free name, if members must have one; BEYOND: there
+                                   // are not enough of them
     bool any_name;                 // is free, if it is not taken
     bool closed;                   // by its schema, and not only by us
 } Members;
@@ -6216,7 +6217,7 @@ static bool count_free_names(Schema *c, Members *m) {
     uint32_t most = m->least - lesser(m->least, m->required[0]) + m->n_taken, found;
     if (m->least == 0 || m->free == NULL) return true;
     found = count_names(&c->arena, &m->names, most, &m->name_bytes);
-    if (found < most) m->name_bytes = 0;
+    if (found < most) m->name_bytes = BEYOND;
     return found >= most;
 }
 
@@ -6312,7 +6313,7 @@ static Cost members_left(const Members *m, uint32_t next, uint32_t count, bool q
 // A free member behind `joined` tokens, and what follows.
 static Cost free_cost(const Vocabulary *v, const Members *m, uint32_t joined, Cost after,
                       Cost after_quoted) {
-    if (m->free == NULL || m->name_bytes == 0) return no_way;
+    if (m->free == NULL) return no_way;
     uint32_t name = plus(joined, m->name_bytes);
     return value_cost(m->free, plus(name, v->glue[QUOTE_COLON]),
                       plus(name, v->glue[QUOTE_COLON_QUOTE]),

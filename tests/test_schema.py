@@ -530,6 +530,7 @@ def dropped():
 def free_names():
     for value, more in [({"type": "object", "additionalProperties": {"const": 1},
                           "minProperties": 9}, (0, 5)),
+                        ({"type": "object", "additionalProperties": {}, "minProperties": 1}, (0,)),
                         ({"type": "object", "patternProperties": {"^[ab]{1,2}$": {"const": 1}},
                           "additionalProperties": False, "minProperties": 5}, (0, 9)),
                         ({"type": "object", "patternProperties": {"^[a-c]$": {"const": 1}},

@@ -112,7 +112,7 @@ def shared():
         for seed, (more, t) in enumerate([(0, 0), (0, 1), (1, 0.3), (5, 2), (40, 1), (200, 0.3)]):
             hold(schema, path, made(path, n + more, "-t", t, "-k", 0, "-s", seed))
     print("     %d schemas" % compiled)
-    assert compiled >= 80, compiled
+    assert compiled >= 78, compiled
 
 
 def schemas():

@@ -373,6 +373,11 @@ def penalty():
         heavy = texts(PARTY, "-t", 0, "--repetition-penalty", r, n=60)
         json.loads(heavy["generated_text"][0])
     assert plain["generated_text"] != heavy["generated_text"]
+    # What is no content is chosen as without it, also where the schema leaves a choice.
+    loose = {"type": "array", "items": {"type": ["boolean", "null", "integer"]}, "maxItems": 9}
+    for value, r in itertools.product((loose, {"type": "integer"}), (0.2, 1.5, 40)):
+        expect(texts(value, "-t", 0, "--repetition-penalty", r, n=40)["generated_text"],
+               texts(value, "-t", 0, n=40)["generated_text"], (value, r))
 
 
 @test("log-probabilities beside a schema are the model's own, from before the mask")

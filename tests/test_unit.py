@@ -31,6 +31,11 @@ def math_functions():
     run_unit("math")
 
 
+@test("a pass rotates by angles in double: at position 4,095 they are as exact as at 0")
+def rotations():
+    run_unit("rotations")
+
+
 @test("the generator gives Philox4x32-10's known answers")
 def philox():
     run_unit("philox")

@@ -288,6 +288,34 @@ static int check_math(void) {
     return 0;
 }
 
+// The rotations of a pass, at positions up to 4,095, beside angles in double: one that was computed
+// in float would be 1e-4 off.
+static int check_rotations(void) {
+    enum { HALF = 8, HIDDEN = PAIR };
+    static float table[HIDDEN];
+    double frequency[HALF];
+    float *x = allocate(TILE * HIDDEN, sizeof *x);
+    Rotation *rotations = allocate(TILE * HALF, sizeof *rotations);
+    Row rows[TILE];
+    Model m = { .c = { .rotary_dims = 2 * HALF },
+                .embed_in = { (const char *)table, TYPE_F32, 1, HIDDEN } };
+    for (int i = 0; i < HALF; i++) frequency[i] = pow(10000, -i / (double)HALF);
+    for (int r = 0; r < TILE; r++) rows[r] = (Row){ .position = 4095 - 371 * r };
+    Work w = { .m = &m, .frequency = frequency, .x = x, .rotations = rotations, .rows = rows,
+               .n = TILE };
+    embed_piece(&w, 0, 0);
+    for (int r = 0; r < TILE; r++)
+        for (int i = 0; i < HALF; i++) {
+            double angle = rows[r].position * frequency[i];
+            worst(rotations[r * HALF + i].cosine, cos(angle), 1);
+            worst(rotations[r * HALF + i].sine, sin(angle), 1);
+        }
+    say("pass", "rotations", 1e-7);
+    free(x);
+    free(rotations);
+    return 0;
+}
+
 static int check_philox(void) {
     // Random123's kat_vectors for philox4x32 with 10 rounds.
     static const struct { uint32_t counter[4], key[2], want[4]; } known[] = {
@@ -560,6 +588,7 @@ int main(int argc, char **argv) {
         { "math", check_math }, { "philox", check_philox }, { "utf8", check_utf8 },
         { "threads", check_threads }, { "stack", check_stack }, { "prefill", check_prefill },
         { "guesses", check_guesses }, { "pass_time", check_pass_time },
+        { "rotations", check_rotations },
         { "distribution", print_distributions },
     };
     for (size_t i = 0; argc == 2 && i < sizeof parts / sizeof *parts; i++)

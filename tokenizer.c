@@ -763,11 +763,17 @@ static size_t put_char(char *out, uint32_t code) {
     return n;
 }
 
+static bool eight_ascii(const char *s) {
+    uint64_t eight;
+    memcpy(&eight, s, 8);
+    return (eight & 0x8080808080808080u) == 0;
+}
+
 // The first byte from i on of a character that may change, or n. All before U+0300 stay.
 static size_t find_mark(const struct TokenizerNfc *nfc, const char *s, size_t i, size_t n) {
     uint32_t code;
     for (size_t length; i < n; i += length) {
-        length = 1;
+        length = n - i >= 8 && eight_ascii(s + i) ? 8 : 1;
         if ((uint8_t)s[i] < 0xCC) continue;    // also what goes on with such a character
         length = utf8_char(s + i, n - i, &code);
         if (is_mark(nfc, code)) return i;

@@ -5032,7 +5032,7 @@ static Item *member_of(Item *object, const char *name) {
 
 // Where an item stands: a JSON pointer (RFC 6901).
 static void append_pointer(Bytes *out, Item *item) {
-    if (item->parent == NULL) return;
+    if (item == NULL || item->parent == NULL) return;      // the root, or a pattern's
     append_pointer(out, item->parent);
     append_string(out, "/");
     if (item->parent->kind == IS_LIST) append_format(out, "%d", item->index);

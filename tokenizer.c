@@ -763,17 +763,20 @@ static size_t put_char(char *out, uint32_t code) {
     return n;
 }
 
-static bool eight_ascii(const char *s) {
-    uint64_t eight;
-    memcpy(&eight, s, 8);
-    return (eight & 0x8080808080808080u) == 0;
+// Is it all ASCII? Eight bytes at once, the last eight again.
+static bool is_ascii(const char *s, size_t n) {
+    uint64_t all = 0, eight;
+    for (size_t i = 0; i + 8 <= n; i += 8) memcpy(&eight, s + i, 8), all |= eight;
+    if (n >= 8) memcpy(&eight, s + n - 8, 8), all |= eight;
+    for (size_t i = 0; n < 8 && i < n; i++) all |= (uint8_t)s[i];
+    return (all & 0x8080808080808080u) == 0;
 }
 
 // The first byte from i on of a character that may change, or n. All before U+0300 stay.
 static size_t find_mark(const struct TokenizerNfc *nfc, const char *s, size_t i, size_t n) {
     uint32_t code;
     for (size_t length; i < n; i += length) {
-        length = n - i >= 8 && eight_ascii(s + i) ? 8 : 1;
+        length = 1;
         if ((uint8_t)s[i] < 0xCC) continue;    // also what goes on with such a character
         length = utf8_char(s + i, n - i, &code);
         if (is_mark(nfc, code)) return i;
@@ -1105,7 +1108,7 @@ static uint32_t match_added(const Tokenizer *t, int trie, const char *s, size_t 
 static ptrdiff_t encode_from(Tokenizer *t, int stage, const char *s, size_t n, bool plain_specials,
                              uint32_t *ids) {
     ptrdiff_t count = 0;
-    size_t mark = stage == 1 && t->nfc ? find_mark(t->nfc, s, 0, n) : n;
+    size_t mark = stage == 1 && t->has_marks ? find_mark(t->nfc, s, 0, n) : n;
     if (mark < n) {
         uint64_t *codes = malloc(4 * n * sizeof *codes);
         char *out = malloc(GROWTH * n);
@@ -1151,6 +1154,7 @@ size_t tokenizer_most_ids(const Tokenizer *t, size_t n) { return t->nfc ? GROWTH
 
 ptrdiff_t tokenizer_encode(Tokenizer *t, const char *text, size_t n, bool plain_specials,
                            uint32_t *ids) {
+    t->has_marks = t->nfc && !is_ascii(text, n) && find_mark(t->nfc, text, 0, n) < n;
     // Without the memory for words it is slower, with the same ids.
     if (t->words == NULL) t->words = calloc(TOKENIZER_WORDS, sizeof *t->words);
     return encode_from(t, 0, text, n, plain_specials, ids);

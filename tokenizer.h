@@ -50,6 +50,7 @@ typedef struct {
     TokenizerWord *words;          // [TOKENIZER_WORDS], allocated by the first encoding; NULL:
                                    // nothing is remembered
     struct TokenizerNfc *nfc;      // what NFC needs; NULL: texts are taken as they are
+    bool has_marks;                // the text that is being encoded may change by it
 } Tokenizer;
 
 #define TOKENIZER_NONE UINT32_MAX

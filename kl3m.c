@@ -612,14 +612,6 @@ static long hex(const char *s, size_t n, size_t digits) {
     return value;
 }
 
-static size_t put_utf8(char *out, long code) {
-    if (code < 0x80) return out[0] = (char)code, 1;
-    size_t n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
-    out[0] = (char)((0xF00 >> n & 0xF0) | code);
-    return n;
-}
-
 // The character of \uHHHH, or of a pair of them, at the beginning of s[0 .. n); *used is the
 // length. Half a pair is returned as it is, from 0xD800 to 0xDFFF; -1: there is no such escape.
 static long unicode_escape(const char *s, size_t n, size_t *used) {
@@ -654,7 +646,7 @@ static size_t unescape(char *s, size_t n) {
             size_t used;
             long code = unicode_escape(s + i, n - i, &used);
             if (code >= 0 && (code < 0xD800 || code >= 0xE000)) {      // half a pair is none
-                out += put_utf8(s + out, code);
+                out += utf8_put(s + out, (uint32_t)code);
                 i += used;
                 continue;
             }
@@ -771,7 +763,7 @@ static bool json_escape(Json *j, char text[4], size_t *n, size_t *used) {
     if (unit < 0) return json_fail(j, "a valid escape was expected");
     if (unit >= 0xD800 && unit < 0xE000)
         return json_fail(j, "a whole pair of surrogates was expected");
-    *n = put_utf8(text, unit);
+    *n = utf8_put(text, (uint32_t)unit);
     return true;
 }
 
@@ -3966,6 +3958,13 @@ static Class class_others(Arena *a, const Class *c) {
     return (Class){ charset_others(a, c->either), charset_others(a, c->both) };
 }
 
+// A class, or all that is not in it, becomes part of another one.
+static void class_join(Arena *a, Class *c, Class found, bool others) {
+    if (others) found = class_others(a, &found);
+    charset_join(a, &c->both, &found.both);
+    charset_join(a, &c->either, &found.either);
+}
+
 // Letters (1) or numbers (2) of Unicode, as the tokenizer's tables have them.
 static void add_unicode(Arena *a, Charset *s, int kind) {
     for (uint32_t code = 0, next; code <= MOST_CODE; code = next)
@@ -3994,9 +3993,7 @@ static bool class_named(Arena *a, char name, Class *c) {
     if (names[i].name == 'w') add_unicode(a, &found.either, 1);
     for (size_t k = 0; names[i].name == 's' && k < 3; k++)
         charset_add(a, &found.either, more_spaces[k].first, more_spaces[k].last);
-    if (isupper((unsigned char)name)) found = class_others(a, &found);
-    charset_join(a, &c->both, &found.both);
-    charset_join(a, &c->either, &found.either);
+    class_join(a, c, found, isupper((unsigned char)name));
     return true;
 }
 
@@ -4104,9 +4101,7 @@ static void regex_property(RegexReader *r, bool others, Class *c) {
         if (regex_take(r, names[i].name)) {
             add_unicode(r->arena, &found.both, names[i].kind);
             found.either = found.both;
-            if (others) found = class_others(r->arena, &found);
-            charset_join(r->arena, &c->both, &found.both);
-            charset_join(r->arena, &c->either, &found.either);
+            class_join(r->arena, c, found, others);
             return;
         }
     regex_fail(r, "of \\p only \\p{L} and \\p{N} are supported");
@@ -6881,9 +6876,8 @@ static bool read_digit(const Numbers *r, Digits *d, uint8_t byte) {
     if (byte == '-' && !d->negative && d->whole == 0) d->negative = true;
     else if (byte == '.' && !d->pointed && d->whole > 0) d->pointed = true;
     else if (!digit || (!d->pointed && d->whole && d->digits == 0) ||
-             d->whole + d->fraction >= (d->pointed ? USUAL_DIGITS : r->most_digits) ||
-             d->fraction >= r->scale + !d->pointed ||
-             (!d->pointed && d->whole >= MOST_WHOLE)) return false;
+             (d->pointed ? d->fraction >= r->scale || d->whole + d->fraction >= USUAL_DIGITS
+                         : d->whole >= r->most_digits)) return false;
     else {
         d->digits = d->digits * 10 + (byte - '0');
         if (d->pointed) d->fraction++;
@@ -7075,16 +7069,14 @@ static Cost name_cost(Arena *arena, const Vocabulary *v, const Position *p) {
     const Members *m = &p->atom->members;
     Cost best = no_way;
     if (p->phase == IN_NAME && p->at == 0 && p->count == 0 && may_close(p)) best.tokens = 1;
-    for (uint32_t i = p->low; p->phase == IN_NAME && i < p->high; i++) {
-        const Word *w = &m->words[i];
-        Position at = *p;
-        at.low = i;
+    Position at = *p, free = *p;
+    for (; p->phase == IN_NAME && at.low < p->high; at.low++) {
+        const Word *w = &m->words[at.low];
         if (may_come(p, w))
             best = cheaper(best, due_cost(&at, w->left[0][p->at], w->left[1][p->at]));
     }
     bool first = p->phase == IN_NAME && p->at == 0;
     if (!(first && may_be_free(p)) && p->phase != IN_FREE_NAME) return best;
-    Position free = *p;
     if (first) begin_name(&free);
     free.free = true;
     uint32_t name = plus(name_left(arena, &free, BEYOND), first);
@@ -8231,8 +8223,7 @@ static void draw_piece(void *arg, int piece, int thread) {
                        c->ranks + (long)n * (1 + likeliest));
         guessed = d->drawn + 1 < d->rows && c->chain.ids[d->drawn] == token;
         d->drawn++;
-        bool end = is_end(s->m, token);
-        if (c->constraint.schema && !constraint_take(&c->constraint, token, end))
+        if (c->constraint.schema && !constraint_take(&c->constraint, token, is_end(s->m, token)))
             d->fault = NOTHING_FITS;
         guessed &= !c->constraint.ended;
     }
@@ -9821,16 +9812,29 @@ static Vocabulary *constrain(const Options *o, Model *m, Settings *s) {
     return v;
 }
 
+// What is asked for, with the stop texts and what texts must fit. It stays where it is: schemas
+// refer to its settings.
+static Vocabulary *generation_open(Generation *g, const Options *o, Model *m) {
+    *g = (Generation){ .o = o, .m = m, .settings = o->settings, .rules = o->rules };
+    g->settings.stops = texts_of(&o->stops, !o->source.no_escape);
+    return constrain(o, m, &g->settings);
+}
+
+static void generation_close(Generation *g, Vocabulary *vocabulary) {
+    free_texts(&g->settings.stops);
+    free_texts(&g->settings.ignored);
+    schema_free(g->settings.schema);
+    vocabulary_close(vocabulary);
+    free(g->last.ids);
+    free(g->last.text.data);
+}
+
 static int generate(const Options *o, Model *m, const Kernels *kernels) {
     Shape texts = single(&o->source) && o->settings.returns == 1 ? STREAM : LINES;
-    Generation g = { .o = o, .m = m, .settings = o->settings, .rules = o->rules };
-    g.settings.stops = texts_of(&o->stops, !o->source.no_escape);
-    Vocabulary *vocabulary = constrain(o, m, &g.settings);
+    Generation g;
+    Vocabulary *vocabulary = generation_open(&g, o, m);
     int status = run_all(&g, o->json ? OBJECTS : texts, kernels);
-    free_texts(&g.settings.stops);
-    free_texts(&g.settings.ignored);
-    schema_free(g.settings.schema);
-    vocabulary_close(vocabulary);
+    generation_close(&g, vocabulary);
     return status;
 }
 
@@ -9882,13 +9886,17 @@ static int check(const Options *o, Model *m, const Kernels *kernels) {
     return interrupted ? interrupted : status;
 }
 
-static Request *next_said(void *arg, bool wait, bool *ended) {
-    (void)wait;
-    Generation *g = arg;
-    Request *r = g->line;
-    g->line = NULL;
+// The only request of a run, once.
+static Request *hand_over(Request **one, bool *ended) {
+    Request *r = *one;
+    *one = NULL;
     *ended = r == NULL;
     return r;
+}
+
+static Request *next_said(void *arg, bool wait, bool *ended) {
+    (void)wait;
+    return hand_over(&((Generation *)arg)->line, ended);
 }
 
 // A request for a prompt of the conversation, which is its last text from now on.
@@ -9951,10 +9959,9 @@ static void end_text(Generation *g, const Kernels *kernels, Guesses *guesses) {
 
 // A terminal: each line is a prompt, whose text streams out.
 static int converse(const Options *o, Model *m, const Kernels *kernels) {
-    Generation g = { .o = o, .m = m, .settings = o->settings, .rules = o->rules };
-    g.settings.stops = texts_of(&o->stops, !o->source.no_escape);
+    Generation g;
+    Vocabulary *vocabulary = generation_open(&g, o, m);
     g.settings.converses = true;
-    Vocabulary *vocabulary = constrain(o, m, &g.settings);
     Guesses guesses = {0}, *used = o->no_speculation ? NULL : &guesses;
     if (used) guesses = guesses_open(m);
     open_run(&g, o->settings.returns == 1 ? STREAM : LINES, kernels, used, next_said);
@@ -9971,12 +9978,7 @@ static int converse(const Options *o, Model *m, const Kernels *kernels) {
     scheduler_close(&g.scheduler);
     if (used) guesses_close(used);
     prompts_close(&g.prompts);
-    free_texts(&g.settings.stops);
-    free_texts(&g.settings.ignored);
-    schema_free(g.settings.schema);
-    vocabulary_close(vocabulary);
-    free(g.last.ids);
-    free(g.last.text.data);
+    generation_close(&g, vocabulary);
     return interrupted ? interrupted : OK;
 }
 
@@ -10081,11 +10083,7 @@ typedef struct { Request *request; Writer *out; size_t bytes; } LogitsJob;
 
 static Request *next_logits(void *arg, bool wait, bool *ended) {
     (void)wait;
-    LogitsJob *job = arg;
-    Request *r = job->request;
-    job->request = NULL;
-    *ended = r == NULL;
-    return r;
+    return hand_over(&((LogitsJob *)arg)->request, ended);
 }
 
 static void write_logits(void *arg, const float *logits) {

@@ -584,16 +584,30 @@ size_t utf8_unfinished(const char *text, size_t n) {
     return 0;
 }
 
-// The class of a code point: that of the last run that begins at or before it, by binary search.
-int unicode_class(uint32_t code, uint32_t *next) {
-    size_t low = 0, runs = sizeof unicode_runs / sizeof *unicode_runs, high = runs;
+size_t utf8_put(char *out, uint32_t code) {
+    if (code < 0x80) return out[0] = (char)code, 1;
+    size_t n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
+    out[0] = (char)((0xF00 >> n & 0xF0) | code);
+    return n;
+}
+
+// The last of n runs, (first code point << shift) | class, that begins at or before a code point.
+static size_t find_run(const uint32_t *runs, size_t n, int shift, uint32_t code) {
+    size_t low = 0, high = n;
     while (high - low > 1) {
         size_t middle = (low + high) / 2;
-        if (unicode_runs[middle] >> 2 <= code) low = middle;
+        if (runs[middle] >> shift <= code) low = middle;
         else high = middle;
     }
-    *next = high < runs ? unicode_runs[high] >> 2 : 0x110000;
-    return unicode_runs[low] & 3;
+    return low;
+}
+
+int unicode_class(uint32_t code, uint32_t *next) {
+    size_t runs = sizeof unicode_runs / sizeof *unicode_runs;
+    size_t run = find_run(unicode_runs, runs, 2, code);
+    *next = run + 1 < runs ? unicode_runs[run + 1] >> 2 : 0x110000;
+    return unicode_runs[run] & 3;
 }
 
 static uint8_t class_of_code(uint32_t code) {
@@ -639,13 +653,8 @@ struct TokenizerNfc {
 };
 
 static uint8_t combining_class(uint32_t code) {
-    size_t low = 0, high = sizeof class_runs / sizeof *class_runs;
-    while (high - low > 1) {
-        size_t middle = (low + high) / 2;
-        if (class_runs[middle] >> 8 <= code) low = middle;
-        else high = middle;
-    }
-    return class_runs[low] & 255;
+    size_t runs = sizeof class_runs / sizeof *class_runs;
+    return class_runs[find_run(class_runs, runs, 8, code)] & 255;
 }
 
 static void add_mark(struct TokenizerNfc *nfc, uint32_t code) {
@@ -755,14 +764,6 @@ static size_t compose_all(const struct TokenizerNfc *nfc, uint64_t *codes, size_
     return left;
 }
 
-static size_t put_char(char *out, uint32_t code) {
-    if (code < 0x80) return out[0] = (char)code, 1;
-    size_t n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
-    out[0] = (char)((0xF00 >> n & 0xF0) | code);
-    return n;
-}
-
 // Is it all ASCII? Eight bytes at once, the last eight again.
 static bool is_ascii(const char *s, size_t n) {
     uint64_t all = 0, eight;
@@ -804,7 +805,7 @@ static size_t normalize(const struct TokenizerNfc *nfc, const char *s, size_t n,
         }
         order_marks(codes, count);
         count = compose_all(nfc, codes, count);
-        for (size_t i = 0; i < count; i++) length += put_char(out + length, (uint32_t)codes[i]);
+        for (size_t i = 0; i < count; i++) length += utf8_put(out + length, (uint32_t)codes[i]);
     }
     memcpy(out + length, s + done, n - done);
     return length + n - done;

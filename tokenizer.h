@@ -89,6 +89,9 @@ uint32_t tokenizer_find_added(const Tokenizer *t, const char *content);
 // *code.
 size_t utf8_char(const char *text, size_t n, uint32_t *code);
 
+// A code point as UTF-8, at out, which has room for 4 bytes. Returns how many it takes.
+size_t utf8_put(char *out, uint32_t code);
+
 // What the pattern tells apart: 0 others, 1 letters, 2 numbers, 3 white space. *next is the first
 // code point behind this one where a run of another class begins.
 int unicode_class(uint32_t code, uint32_t *next);

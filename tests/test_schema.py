@@ -380,6 +380,20 @@ def penalty():
                texts(value, "-t", 0, n=40)["generated_text"], (value, r))
 
 
+@test("no special token is drawn under a schema, and an end token only where the value may end")
+def no_specials():
+    ends = 0
+    for value in ({"type": "string", "minLength": 6}, PARTY, {"type": "integer"}):
+        found = texts(value, "--logprobs", 0, "-t", 5, "-k", 0, "-r", 40, n=40)
+        for text, listed in zip(found["generated_text"], found["logprobs"]):
+            special = [i for i, token in enumerate(listed["tokens"])
+                       if re.fullmatch(r"<\|\w+\|>", token)]
+            ends += len(special)
+            assert special in ([], [len(listed["tokens"]) - 1]), listed
+            assert not special or value == {"type": "integer"}, (text, listed)
+    assert ends, "an integer at the top may end, or go on"
+
+
 @test("log-probabilities beside a schema are the model's own, from before the mask")
 def logprobs():
     found = texts(PARTY, "--logprobs", 2, "-t", 0, n=60)

@@ -10319,7 +10319,7 @@ static void say_learnt(const Options *o, const Learning *l, size_t own, bool dir
 
 // Of a text of the user's, last, so it counts most. Returns its tokens.
 static size_t learn_from(Learning *l, const Bytes *text) {
-    uint32_t *ids = allocate(text->size + 1, sizeof *ids);
+    uint32_t *ids = allocate(most_ids(l->m, text->size) + 1, sizeof *ids);
     size_t n = encode(l->m, l->o->rules.no_special, text->data, text->size, ids);
     Tail tail = {0};
     for (size_t i = 0; i < n; i++) learn(&l->table, &tail, ids[i]);

@@ -291,6 +291,18 @@ def echo_is_not_normalized():
     expect(scored.code, 0, scored.err)
 
 
+@test("a text that NFC makes longer has room to be learnt from: the same table as from its NFC")
+def longer_by_nfc():
+    folder, tables = tmpdir(), []
+    for text in ("\u0958" * 300000, "\u0915\u093c" * 300000):
+        (folder / "text").write_text(text, encoding="utf-8")
+        done = run_kl3m("-m", nfc_model(), "--learn", "-o", folder / "out", "--tokens", 20, "-s", 1,
+                        "-f", folder / "text", timeout=100)
+        expect(done.code, 0, done.err)
+        tables.append((folder / "out").read_bytes())
+    assert tables[0] == tables[1]
+
+
 @test("a vocabulary without tokens for bytes that UTF-8 never has leaves them out, and takes all text")
 def bytes_without_tokens():
     tokenizer = models.small_tokenizer()

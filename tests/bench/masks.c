@@ -24,8 +24,9 @@ static bool walk_text(const Schema *c, Masker *k, const uint32_t *ids, size_t n,
 
 static void measure_text(Bytes *out, const Schema *c, Model *m, const char *s, size_t n) {
     enum { RUNS = 5 };
-    uint32_t *ids = allocate(n + 1, sizeof *ids);
-    double *least = allocate(n + 1, sizeof *least);
+    size_t most = most_ids(m, n) + 1;
+    uint32_t *ids = allocate(most, sizeof *ids);
+    double *least = allocate(most, sizeof *least);
     bool fits = true;
     size_t count = encode(m, true, s, n, ids);
     for (size_t i = 0; i < count; i++) least[i] = INFINITY;

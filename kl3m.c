@@ -420,7 +420,8 @@ static void hold_standard_streams(void) {
 static bool wait_for_input(int fd, bool wait) {
     struct pollfd ready[2] = { { .fd = stop_pipe[0], .events = POLLIN },
                                { .fd = fd, .events = POLLIN } };
-    while (poll(ready, 2, wait ? -1 : 0) < 0 && errno == EINTR) {}
+    while (poll(ready, 2, wait ? -1 : 0) < 0)
+        if (errno != EINTR && errno != EAGAIN) die("cannot wait for input: %s", strerror(errno));
     return !interrupted && ready[1].revents != 0;
 }
 

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -18,6 +19,9 @@
 #include <unistd.h>
 
 static atomic_long calls;
+static bool started;               // before that the loader allocates
+
+__attribute__((constructor)) static void start(void) { started = true; }
 
 // Is this the call that fails?
 static bool fails(const char *name) {
@@ -35,6 +39,16 @@ static bool is_short(void) { return getenv("FAIL_SHORT") != NULL; }
 
 // The next definition of a function, which is the C library's.
 #define REAL(type, name) ((type)dlsym(RTLD_NEXT, name))
+
+// glibc's own names: to look these up with dlsym would allocate.
+void *__libc_malloc(size_t n);
+void *__libc_calloc(size_t n, size_t size);
+
+void *malloc(size_t n) { return started && fails("alloc") ? NULL : __libc_malloc(n); }
+
+void *calloc(size_t n, size_t size) {
+    return started && fails("alloc") ? NULL : __libc_calloc(n, size);
+}
 
 void *aligned_alloc(size_t alignment, size_t n) {
     if (fails("alloc")) return NULL;
@@ -89,6 +103,11 @@ int rename(const char *from, const char *to) {
 int fsync(int fd) {
     if (fails("fsync")) return -1;
     return (int)syscall(SYS_fsync, fd);
+}
+
+int poll(struct pollfd *fds, nfds_t n, int timeout) {
+    if (fails("poll")) return -1;
+    return REAL(int (*)(struct pollfd *, nfds_t, int), "poll")(fds, n, timeout);
 }
 
 int pipe(int ends[2]) {

@@ -56,6 +56,12 @@ bench: $(OUT) $(BENCH) $(MODEL)
 bench-prompts: $(BENCH) $(MODEL)
 	$(BENCH) $(MODEL) --prompts
 
+# Hostile inputs, FUZZ_SECONDS for each kind of them; needs clang. tests/fuzz/fuzz.py says more.
+FUZZ_SECONDS = 60
+
+fuzz:
+	$(PYTHON) tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
+
 # With the man page and the shells' completions, made of the program's own --help. The model goes
 # along if it is here.
 SHARE = "$(DESTDIR)$(PREFIX)/share
@@ -78,16 +84,17 @@ uninstall:
 	for page in $(PAGES); do rm -f $(SHARE)/$$page"; done
 	-rmdir $(SHARE)/kl3m" 2>/dev/null
 
-# The source as it is committed, the same bytes each time.
+# The source as it is committed, its checksum and its bill of materials: the same bytes each time.
 dist:
 	name=kl3m-$$(sed -n 's/^#define VERSION "\(.*\)"/\1/p' kl3m.c) && \
 		git archive --format=tar --prefix="$$name/" HEAD | gzip -9n > "$$name.tar.gz" && \
-		sha256sum "$$name.tar.gz"
+		sha256sum "$$name.tar.gz" > "$$name.tar.gz.sha256" && cat "$$name.tar.gz.sha256" && \
+		$(PYTHON) tests/make/sbom.py "$$name.tar.gz" > "$$name.spdx.json"
 
 # What was downloaded stays: $(MODEL) is removed by hand.
 clean:
-	rm -f $(OUT) $(BENCH) demo.bin kl3m-*.tar.gz
+	rm -f $(OUT) $(BENCH) demo.bin kl3m-*.tar.gz kl3m-*.tar.gz.sha256 kl3m-*.spdx.json
 
 # A break while the table is made leaves the model as it was, and make need not remove it.
 .PRECIOUS: demo.bin $(MODEL)
-.PHONY: demo model test bench bench-prompts install uninstall dist clean
+.PHONY: demo model test bench bench-prompts fuzz install uninstall dist clean

@@ -1,4 +1,6 @@
 """The man page, the completions and the source archive: what make makes of the program itself."""
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -99,7 +101,7 @@ def installed():
     expect(make("uninstall"), [])
 
 
-@test("make dist writes what is committed, the same bytes each time")
+@test("make dist writes what is committed, its checksum and its bill of materials, the same bytes each time")
 def archive():
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         raise Skip("this is no git checkout")
@@ -108,11 +110,18 @@ def archive():
         place = tmpdir() / "kl3m"
         done = run(["git", "clone", "-q", ROOT, place])
         expect(done.code, 0, done.err)
-        done = run(["make", "-s", "-C", place, "dist"])
+        done = run(["make", "-s", "-C", place, "PYTHON=%s" % sys.executable, "dist"])
         expect(done.code, 0, done.err)
-        name, = place.glob("kl3m-*.tar.gz")
-        found.append((name.name, name.read_bytes()))
-        assert name.name in done.text, done.text
+        found.append({path.name: path.read_bytes() for path in place.glob("kl3m-*")})
     expect(found[0], found[1])
-    listed = run(["tar", "-tzf", name]).text.split()
-    assert name.name[:-7] + "/kl3m.c" in listed and len(listed) > 20, listed
+    name, digest = done.text.split()[1], done.text.split()[0]
+    base = name[:-len(".tar.gz")]
+    expect(sorted(found[0]), [base + ".spdx.json", name, name + ".sha256"])
+    expect(hashlib.sha256(found[0][name]).hexdigest(), digest)
+    expect(found[0][name + ".sha256"].decode(), "%s  %s\n" % (digest, name))
+    bill = json.loads(found[0][base + ".spdx.json"])
+    kl3m, = (p for p in bill["packages"] if p["name"] == "kl3m")
+    expect((kl3m["versionInfo"], kl3m["checksums"][0]["checksumValue"]),
+           (run_kl3m("--version").text.split()[1].rstrip(","), digest))
+    listed = run(["tar", "-tzf", place / name]).text.split()
+    assert base + "/kl3m.c" in listed and len(listed) > 20, listed

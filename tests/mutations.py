@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The promise, as README has it; what is replaced in kl3m.c; the words that choose the tests.
-Mutation = namedtuple("Mutation", "promise old new words")
+# The promise, as README has it; what is replaced in a source; the words that choose the tests.
+Mutation = namedtuple("Mutation", "promise old new words source", defaults=["kl3m.c"])
 
 MUTATIONS = [
     Mutation("the same bits on every kind of CPU",
@@ -74,18 +74,29 @@ MUTATIONS = [
              ["penalty does not touch"]),
     Mutation("a text goes on as if -n had been larger",
              "r->before = l->drawn,", "r->before = l->drawn + 1,", ["goes on with it"]),
+    Mutation("token ids are the reference tokenizer's",
+             "k = w->least[2 * k] == w->least[k] ? 2 * k : 2 * k + 1;",
+             "k = w->least[2 * k + 1] == w->least[k] ? 2 * k + 1 : 2 * k;",
+             ["test_tokenizer"], "tokenizer.c"),
+    Mutation("what cannot be written is told",
+             'if (!write_fully(w->fd, w->data, n)) die("cannot write to %s: %s"',
+             'if (!write_fully(w->fd, w->data, n) && n == 0) die("cannot write to %s: %s"',
+             ["a full disk is"]),
+    Mutation("no text is a command to a terminal",
+             "else if (!json && terminal && (broken ||", "else if (!json && !terminal && (broken ||",
+             ["on a terminal control"]),
 ]
 
 
 def caught(mutation, folder):
     """The tests that fail on the program with this fault in it."""
-    source = (ROOT / "kl3m.c").read_text(encoding="utf-8")
+    source = (ROOT / mutation.source).read_text(encoding="utf-8")
     if source.count(mutation.old) != 1:
         sys.exit("%s: %d places are %r" % (mutation.promise, source.count(mutation.old),
                                            mutation.old))
     # Some tests build programs of their own from the sources, so they too must be the changed ones.
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "*.bin", "__pycache__"))
-    (folder / "kl3m.c").write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+    (folder / mutation.source).write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
     subprocess.run(["make", "-s", "-B", "-C", folder, "kl3m"], check=True)
     done = subprocess.run([sys.executable, folder / "tests" / "run.py", *mutation.words],
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -11,9 +11,10 @@ import unicodedata
 import zlib
 
 import models
-from harness import SHARED, Skip, expect, export, run_kl3m, small_model, test, tmpdir
-from tokenizer_tools import (LETTER, NUMBER, OTHER, REFERENCES, SPACE, detokenize, escape,
-                             odd_tokenizer, provoking_text, random_bytes, real_setting,
+from harness import (SHARED, Skip, expect, export, run_kl3m, small_directory, small_model, test,
+                     tmpdir)
+from tokenizer_tools import (LETTER, NUMBER, OTHER, REFERENCES, SPACE, NaiveTokenizer, detokenize,
+                             escape, odd_tokenizer, provoking_text, random_bytes, real_setting,
                              small_setting, tokenize, tokenizer_hash)
 
 
@@ -104,6 +105,17 @@ def words_that_begin_alike():
     random.Random(5).shuffle(texts)
     expect_ids(texts, tokenize(setting.model, texts),
                [setting.naive.encode(text) for text in texts])
+
+
+@test("of pairs with the same rank the leftmost becomes a token first")
+def leftmost_of_equals():
+    tokenizer = models.small_tokenizer(700)   # it has merges of l, o, s and 0 with themselves
+    model = small_model(tokenizer=tokenizer, vocab_size=700)
+    naive = NaiveTokenizer(small_directory(tokenizer=tokenizer, vocab_size=700) / "tokenizer.json")
+    texts = [(letter * n).encode() for letter in "los0" for n in range(2, 12)]
+    want = [naive.encode(text) for text in texts]
+    assert len(set(naive.encode(b"lll"))) == 2, "l and ll"
+    expect_ids(texts, tokenize(model, texts), want)
 
 
 @test("every added token is found alone, between letters, doubled and with its end cut off")

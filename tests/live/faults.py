@@ -43,8 +43,9 @@ WORKS = {
 # Calls, the error that each has, and how many of them are tried one by one; then every 17th.
 CALLS = {"alloc": (errno.ENOMEM, 120), "open": (errno.EMFILE, 40), "read": (errno.EIO, 40),
          "write": (errno.ENOSPC, 40), "mmap": (errno.ENOMEM, 40), "mprotect": (errno.EACCES, 9),
-         "rename": (errno.EIO, 9), "fsync": (errno.EIO, 9), "pipe": (errno.EMFILE, 9), "poll": (errno.ENOMEM, 20),
-         "getentropy": (errno.ENOSYS, 20), "pthread_create": (errno.EAGAIN, 9)}
+         "rename": (errno.EIO, 9), "fsync": (errno.EIO, 9), "pipe": (errno.EMFILE, 9),
+         "poll": (errno.ENOMEM, 20), "getentropy": (errno.ENOSYS, 20),
+         "pthread_create": (errno.EAGAIN, 9)}
 
 
 def library():

@@ -29,7 +29,8 @@ import models
 from harness import ROOT, small_model, tmpdir
 
 TARGETS = ["model", "tables", "encoder", "records", "text", "options", "schema"]
-FLAGS = ["-std=c11", "-O1", "-g", "-w", "-ffp-contract=off", "-pthread",
+FLAGS = ["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Wshadow", "-Wconversion",
+         "-Wno-unused-function", "-ffp-contract=off", "-pthread",
          "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined",
          "-include", str(HERE / "system.h")]
 LIMITS = ["-timeout=60", "-rss_limit_mb=3000", "-detect_leaks=0", "-len_control=0"]

@@ -83,7 +83,8 @@ MUTATIONS = [
              'if (!write_fully(w->fd, w->data, n) && n == 0) die("cannot write to %s: %s"',
              ["a full disk is"]),
     Mutation("no text is a command to a terminal",
-             "else if (!json && terminal && (broken ||", "else if (!json && !terminal && (broken ||",
+             "else if (!json && terminal && (broken ||",
+             "else if (!json && !terminal && (broken ||",
              ["on a terminal control"]),
 ]
 
@@ -96,7 +97,8 @@ def caught(mutation, folder):
                                            mutation.old))
     # Some tests build programs of their own from the sources, so they too must be the changed ones.
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "*.bin", "__pycache__"))
-    (folder / mutation.source).write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+    changed = source.replace(mutation.old, mutation.new)
+    (folder / mutation.source).write_text(changed, encoding="utf-8")
     subprocess.run(["make", "-s", "-B", "-C", folder, "kl3m"], check=True)
     done = subprocess.run([sys.executable, folder / "tests" / "run.py", *mutation.words],
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -6601,9 +6601,7 @@ static bool atoms_exclude(const Atom *a, const Atom *b) {
     case STRING: return strings_exclude(&a->language, &b->language);
     case NUMBER: return ranges_exclude(&a->numbers, &b->numbers);
     case ARRAY: return a->list.least > b->list.most || b->list.least > a->list.most;
-    case OBJECT:
-        return members_exclude(&a->members, &b->members) &&
-               members_exclude(&b->members, &a->members);
+    case OBJECT: return members_exclude(&a->members, &b->members);
     default: return false;
     }
 }

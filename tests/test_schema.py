@@ -566,6 +566,126 @@ def free_names():
             assert len(set(names)) == len(names) >= value["minProperties"], text
 
 
+@test("equal values are equal however they are written: where several enums and constants hold, lists, objects and numbers too")
+def equal_values():
+    first = [[1, {"a": 2, "b": []}], [1, {"a": 3}], "x", [1], [1, 2], None, 1.5,
+             {"k": 1, "m": "s"}, {"k": 1}, True, 300, 0.1]
+    second = '[[1.0, {"b": [], "a": 2e0}], "y", 15e-1, {"m": "s", "k": 1}, null, {"m": "s"},'
+    second += ' [2, 1], [1, 2, 3], {"k": 2}, "true", 3e2, 1e-1]'
+    value = '{"allOf": [{"enum": %s}, {"enum": %s}]}' % (json.dumps(first), second)
+    exact = functools.partial(json.loads, parse_int=decimal.Decimal, parse_float=decimal.Decimal)
+    want = [one in exact(second) for one in exact(json.dumps(first))]
+    expect(want.count(True), 6)
+    expect(fits(value, *(json.dumps(one, separators=(",", ":")) for one in first)), want)
+    expect(fits('{"allOf": [{"enum": [[], [[]], {}]}, {"const": [[ ]]}]}', "[]", "[[]]", "{}"),
+           [False, True, False])
+    expect(fits('{"allOf": [{"const": 1%s}, {"const": 1e40}]}' % ("0" * 40), "1e40"), [True])
+
+
+@test("a reference leads to an anchor, a draft-4 id, the document's own address, and through escapes")
+def references():
+    for value in ({"$ref": "#here", "$defs": {"x": {"$anchor": "here", "enum": ["a"]}}},
+                  {"$ref": "#here", "definitions": {"y": {}, "x": {"id": "#here", "enum": ["a"]}}},
+                  {"$id": "https://e.org/s", "$ref": "https://e.org/s#/$defs/x",
+                   "$defs": {"x": {"enum": ["a"]}}},
+                  {"id": "https://e.org/s#", "$ref": "https://e.org/s#/definitions/x",
+                   "definitions": {"x": {"enum": ["a"]}}},
+                  {"$ref": "#/$defs/a~1b~0c%25%20d", "$defs": {"a/b~c% d": {"enum": ["a"]}}},
+                  {"$ref": "#/$defs/l/1", "$defs": {"l": [True, {"enum": ["a"]}]}}):
+        expect(fits(value, '"a"', '"b"', "1"), [True, False, False])
+    for lost in ("#nowhere", "#/$defs/9", "#/$defs/l/2", "#/$defs/l/x", "https://e.org/t#/$defs/l"):
+        value = {"$id": "https://e.org/s", "$ref": lost, "$defs": {"l": [True, True]}}
+        expect([one[:2] for one in refusals(value)], [("", "$ref")])
+
+
+@test("what a pattern may not use is refused with its name; a control escape is a character")
+def refused_patterns():
+    for pattern, said in ((r"\bx", "\\b"), (r"x\B", "\\B"), (r"(a)\1", "backreferences"),
+                          (r"\k<a>", "backreferences"), (r"\p{Greek}", "\\p{L}"),
+                          ("[z-a]", "range"), (r"[\d-x]\q", "escape"), (r"\01", "octal"),
+                          ("a{", "a{"), ("[a", "]"), ("(a", ")")):
+        done = run_kl3m("-m", small_model(), "--check", "--regex", pattern, input=b"")
+        if done.code == 0:                     # a brace that begins no count is itself
+            expect(pattern, "a{")
+            continue
+        assert done.code == 2 and said in done.err.splitlines()[0], (pattern, done.err)
+    judged = run_kl3m("-m", small_model(), "--check", "--regex", r"\cI[\cJ-\ck]",
+                      input=b"\t\x0b\n\tx\n")
+    expect(judged.text.splitlines()[0], "ok")
+    assert judged.text.splitlines()[1].startswith("at byte 1 "), judged.text
+
+
+@test("several patterns hold at once, of a string and of names")
+def patterns_together():
+    both = {"allOf": [{"type": "string", "pattern": "^a"}, {"pattern": "b$"}, {"pattern": "c"}]}
+    words = all_texts("abc", 5)
+    expect(fits(both, *('"%s"' % w for w in words)),
+           [w[0] == "a" and w[-1] == "b" and "c" in w for w in words])
+    names = {"type": "object", "allOf": [
+        {"patternProperties": {"^a": {"const": 1}}, "additionalProperties": False},
+        {"patternProperties": {"b$": {"enum": [1, 2]}}, "additionalProperties": False}]}
+    words = all_texts("ab", 4)
+    expect(fits(names, *('{"%s":1}' % w for w in words)),
+           [w[0] == "a" and w[-1] == "b" for w in words])
+    expect(fits(names, '{"ab":2}', "{}"), [False, True])
+
+
+@test("oneOf takes what is certain to exclude each other: words and lengths, patterns, bounds, arrays by length and item")
+def exclusive():
+    for apart, alternatives in [
+            (True, [{"const": "abc"}, {"type": "string", "maxLength": 2}]),
+            (True, [{"const": "ab"}, {"type": "string", "pattern": "^x"}]),
+            (False, [{"const": "a\n"}, {"type": "string", "maxLength": 1}]),     # it has an escape
+            (False, [{"const": "2020-01-01"}, {"type": "string", "format": "date"}]),
+            (False, [{"const": "xy"}, {"type": "string", "pattern": "^x"}]),
+            (True, [{"type": "string", "pattern": "^a"}, {"type": "string", "pattern": "^b"}]),
+            (True, [{"type": "number", "maximum": 2}, {"type": "number", "minimum": 2.5}]),
+            (False, [{"const": 1}, {"type": "number", "minimum": 2}]),
+            (True, [{"type": "array", "maxItems": 2}, {"type": "array", "minItems": 3}]),
+            (True, [{"type": "array", "minItems": 1, "prefixItems": [{"const": 1}]},
+                    {"type": "array", "minItems": 1, "prefixItems": [{"const": 2}]}]),
+            (False, [{"type": "array", "prefixItems": [{"const": 1}]},
+                     {"type": "array", "prefixItems": [{"const": 2}]}]),
+            (True, [{"type": "object", "properties": {"k": {"const": "a"}}, "required": ["k"]},
+                    {"type": "object", "properties": {"k": {"const": "b"}}, "required": ["k"]}])]:
+        done = run_kl3m("-m", small_model(), "--check", "--schema",
+                        schema({"oneOf": alternatives}), input=b"")
+        expect(done.code, 0 if apart else 2, (alternatives, done.err))
+
+
+@test("a long text under a schema forgets how it came about and nothing else: each name once, the same bytes for any batch")
+def long_texts():
+    model = small_model(max_position_embeddings=4096)
+    value = {"type": "object", "additionalProperties": {
+        "type": "object", "properties": {"a": {"const": 1}, "b": {"type": "array", "items": {
+            "type": "string", "minLength": 30, "maxLength": 60}, "minItems": 2, "maxItems": 3}},
+        "required": ["b"], "additionalProperties": False}, "minProperties": 12}
+    n = int(constrained("--check", "--schema", schema(value), input=b"",
+                        model=model).text.split()[2])
+    found = [texts(value, "-t", 2, "-k", 0, "-r", 2, *more, n=n + 1500, model=model)
+             for more in ((), ("-b", 1, "--no-speculation"))]
+    expect(found[0], found[1])
+    for text in found[0]["generated_text"]:
+        names = [name for name, _ in json.loads(text, object_pairs_hook=list)]
+        assert len(set(names)) == len(names) >= 12 and len(text) > 2000, (len(text), names)
+
+
+@test("where more alternatives wait at once than are kept, what is drawn still fits and ends")
+def many_parents():
+    parents = [{"type": "array", "minItems": 1, "maxItems": 2, "items": {"anyOf": [
+        {"type": "string", "pattern": "^[a-%s]{%d,%d}$" % ("bcdefghij"[j % 9], j, j + i)}
+        for j in range(1, 11)]}} for i in range(1, 11)]
+    value = {"anyOf": parents}
+    for seed in range(6):
+        text, = texts(value, "-t", 2, "-k", 0, n=least(value) + 3 * seed,
+                      seed=seed)["generated_text"]
+        found = json.loads(text)
+        assert any(1 <= len(found) <= 2 and all(
+            any(re.search(one["pattern"], x) for one in parent["items"]["anyOf"]) for x in found)
+            for parent in parents), text
+        expect(fits(value, text), [True])
+
+
 @test("the options of schemas: what they go with and exclude, how -n and the context are held against the least")
 def options():
     party = schema(PARTY)
@@ -618,6 +738,9 @@ def members():
             continue
         expect((found["generated_text"], found["id"]), ([str(i)], i))
     errors = [json.loads(line)["error"] for line in done.text.splitlines()[3:6]]
+    few = constrained("--jsonl", "--schema-member", "s", "-n", 5, code=3,
+                      input=b'{"prompt": "a", "s": {"type": "string", "minLength": 9}}\n')
+    assert "at least" in few.text and "a larger -n" in few.text, few.text
     assert "#: not" in errors[0] and "#: uniqueItems" in errors[0] and '"s"' in errors[1], errors
 
 

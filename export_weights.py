@@ -190,6 +190,12 @@ def status_of(path):
             return None
 
 
+def is_folder(path):
+    """As os.path.isdir, but what cannot be told is a fault and not a no."""
+    status = status_of(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
 def size_of(path, expected, remedy):
     """The size of a plain file, which must be there."""
     status = status_of(path)
@@ -227,14 +233,15 @@ def part_beside(path):
 
 def keep_rights(file, path):
     """The new file may be read by those alone who may read the one whose place it takes."""
-    if os.path.exists(path):
+    with contextlib.suppress(FileNotFoundError):
         older = os.stat(path)
         for owner, group in ((-1, older.st_gid), (older.st_uid, -1)):
             with contextlib.suppress(OSError):   # only root may give a file away
                 os.fchown(file.fileno(), owner, group)
-        same_group = os.fstat(file.fileno()).st_gid == older.st_gid
-        with contextlib.suppress(OSError):   # a disk without rights
-            os.fchmod(file.fileno(), older.st_mode & (0o777 if same_group else 0o707))
+        newer = os.fstat(file.fileno())
+        rights = older.st_mode & (0o777 if newer.st_gid == older.st_gid else 0o707)
+        if stat.S_IMODE(newer.st_mode) != rights:   # a disk without rights has the same for all
+            os.fchmod(file.fileno(), rights)
 
 
 def parse_object(data, where):
@@ -508,7 +515,7 @@ def check_folder(directory):
 def read_tensors(directory):
     """{name: Tensor} of model.safetensors, or of the shards that its index names."""
     single = os.path.join(directory, SINGLE)
-    if os.path.exists(single) or not os.path.exists(os.path.join(directory, INDEX)):
+    if status_of(single) or not status_of(os.path.join(directory, INDEX)):
         return read_safetensors(single)
     shard_of = read_index(directory)
     tensors = {}
@@ -699,7 +706,8 @@ def pack_panels(bits, rows, cols):
 
 def weight_blocks(config, weight, tensor):
     """The weight as it lies in the file, a block of rows at a time."""
-    with reading(tensor.path), open(tensor.path, "rb", buffering=0) as file:
+    # Not unbuffered: one read of a disk may bring less than it was asked for.
+    with reading(tensor.path), open(tensor.path, "rb") as file:
         if weight.kind == VECTOR:
             bits = read_rows(file, tensor, source_rows(config, weight.name, weight.cols), 1)
             yield bits + array("I", [0]) * (padded(weight.cols) - weight.cols)
@@ -1175,7 +1183,10 @@ class Hub:
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise ExportError(f"{where[1]}: {reason}; if your network has a certificate of its "
                                   "own, SSL_CERT_FILE is for it")
-            raise Broken(f"{where[1]}: {str(reason) or type(reason).__name__}", None)
+            said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+            if not isinstance(reason, OSError):   # http.client shows what the server sent
+                said = show(said)
+            raise Broken(f"{where[1]}: {said}", None)
         except ValueError:
             raise ExportError(NO_ADDRESS)
 
@@ -1413,7 +1424,7 @@ def hub_snapshot(model, revision):
 
 def resolve(source, revision):
     """The directory that SOURCE means, as a Source."""
-    path = os.path.realpath(source if os.path.isdir(source) else hub_snapshot(source, revision))
+    path = os.path.realpath(source if is_folder(source) else hub_snapshot(source, revision))
     snapshot = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$", path)
     if snapshot:
         return Source(path, snapshot[1].replace("--", "/"), snapshot[2])
@@ -1433,7 +1444,8 @@ KL3M = {"license": "CC-BY 4.0",
 def card_license(directory):
     """What README.md's front matter has as `license:`, or None."""
     path = os.path.join(directory, "README.md")
-    if not os.path.isfile(path):
+    status = status_of(path)
+    if not (status and stat.S_ISREG(status.st_mode)):
         return None
     with reading(path), open(path, "rb") as file:
         text = file.read(1 << 16).decode("utf-8", "replace")
@@ -1479,7 +1491,7 @@ def read_sections(source):
     tokenizer = read_object(source.directory, "tokenizer.json", TOKENIZER_LIMIT)
     tables = tokenizer_section(tokenizer, config.vocab)    # checks added_tokens
     sources = [("config.json", config_json)]
-    if os.path.exists(os.path.join(source.directory, GENERATION)):
+    if status_of(os.path.join(source.directory, GENERATION)):
         sources.insert(0, (GENERATION, read_object(source.directory, GENERATION, CONFIG_LIMIT)))
     texts = {"config": config_section(config, sources, tokenizer),
              "about": about_section(source, config_json), "tokenizer": tables}
@@ -1531,6 +1543,15 @@ def write_sections(file, sections, progress):
 ANOTHER_OUT = "pass another -o"
 
 
+@contextlib.contextmanager
+def writing(out, left=""):
+    """Says of a fault within that OUT cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"cannot write {out}: {fault(error, ANOTHER_OUT)}{left}")
+
+
 def check_target(out):
     """OUT's real path, if a file can be put there: seen before a long download, not after it."""
     path = os.path.realpath(out)   # a link is followed, not replaced
@@ -1543,40 +1564,40 @@ def check_target(out):
                "no name of a source's file", ANOTHER_OUT)
     expect(not re.search("/(models|datasets|spaces)--[^/]+/blobs/", path), what, path,
            "no file of the hub's cache", ANOTHER_OUT)
-    if plain and os.stat(folder).st_mode & stat.S_ISVTX:   # as /tmp: files are their owners' there
-        owners = {0, os.stat(folder).st_uid, os.stat(path).st_uid}
-        expect(os.geteuid() in owners, what, path, "a file of yours", ANOTHER_OUT)
-    try:
+    with writing(out):
+        above = os.stat(folder)
+        if plain and above.st_mode & stat.S_ISVTX:   # as /tmp: files are their owners' there
+            owners = {0, above.st_uid, os.stat(path).st_uid}
+            expect(os.geteuid() in owners, what, path, "a file of yours", ANOTHER_OUT)
         with part_beside(path):
             pass
-    except OSError as error:
-        raise ExportError(f"{what}: {fault(error, ANOTHER_OUT)}")
     return path
 
 
 def check_not_source(out, directory):
     """OUT is no file of the source by another name or link. An older export there is none of it."""
-    for entry in os.scandir(directory) if os.path.exists(out) else ():
-        if entry.is_file() and os.path.samefile(entry.path, out):
-            with reading(out), open(out, "rb") as file:
-                expect(file.read(len(MAGIC)) == MAGIC, f"cannot write {out}", entry.path,
-                       "no file of the source", ANOTHER_OUT)
+    with reading(directory):
+        entries = [entry.path for entry in os.scandir(directory) if entry.is_file()]
+    with reading(out):
+        for path in entries if os.path.exists(out) else ():
+            if os.path.samefile(path, out):
+                with open(out, "rb") as file:
+                    expect(file.read(len(MAGIC)) == MAGIC, f"cannot write {out}", path,
+                           "no file of the source", ANOTHER_OUT)
 
 
 def write_model(out, path, sections, progress):
     """Write OUT, whose real path this is, whole or not at all."""
-    what, free = f"cannot write {out}", shutil.disk_usage(os.path.dirname(path)).free
-    expect(free >= progress.total, what, free, f"{progress.total} bytes of room",
-           "make room or " + ANOTHER_OUT)
-    try:
+    with writing(out, "; nothing is left there"):
+        free = shutil.disk_usage(os.path.dirname(path)).free
+        expect(free >= progress.total, f"cannot write {out}", free,
+               f"{progress.total} bytes of room", "make room or " + ANOTHER_OUT)
         with part_beside(path) as file:
             keep_rights(file, path)
             write_sections(file, sections, progress)
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, path)
-    except OSError as error:
-        raise ExportError(f"{what}: {fault(error, ANOTHER_OUT)}; nothing is left there")
 
 
 # ---- Command line ----

@@ -11254,6 +11254,15 @@ static void on_fault(int number, siginfo_t *fault, void *context) {
     _exit(FAILED);
 }
 
+// As many as -j says, and no more than there are CPUs for: threads that wait for each other's CPU
+// only cost time.
+static int threads_wanted(void) {
+    int cpus = usable_cpus();
+    if (options.threads > cpus && options.verbose)
+        message("-j %ld: %d threads, as many as there are CPUs to use", options.threads, cpus);
+    return options.threads && options.threads < cpus ? (int)options.threads : cpus;
+}
+
 static int carry_out(const char *name) {
     if (options.settings.kv_memory == 0) options.settings.kv_memory = usual_kv_memory();
     char *path = find_model(name);
@@ -11263,7 +11272,7 @@ static int carry_out(const char *name) {
     Command *command = chosen ? chosen->command : is_conversation() ? converse : generate;
     bool passes = chosen == NULL || chosen->passes;
     keep_denormals();
-    if (passes) threads_start(options.threads ? (int)options.threads : usable_cpus());
+    if (passes) threads_start(threads_wanted());
     int status = command(&options, &m, kernels);
     if (model_was_changed()) die("%s", CHANGED);           // though nothing has met it
     if (passes) threads_stop();

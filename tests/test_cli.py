@@ -641,6 +641,22 @@ def where_the_model_is_looked_for():
     expect(run(XDG_DATA_HOME=None).out, b"Q\n")
 
 
+@test("-j starts no more threads than there are CPUs to use, and -v says so")
+def no_more_threads_than_cpus():
+    if not hasattr(os, "sched_setaffinity"):
+        raise Skip("this system has no affinity")
+    given = ["-p", "Q", "-n", 2, "-s", 1, "-v"]
+    everywhere = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, [min(everywhere)])
+        many, one = kl3m("-j", 64, *given), kl3m("-j", 1, *given)
+    finally:
+        os.sched_setaffinity(0, everywhere)
+    expect(many.out, one.out)
+    assert "-j 64: 1 threads" in many.err and re.search(r", 1 threads$", many.err, re.M), many.err
+    assert "-j 1:" not in one.err, one.err
+
+
 @test("no core is kept busy while the program waits for a prompt")
 def idle_while_waiting():
     child = subprocess.Popen([str(KL3M), "-m", str(model()), "-n2", "-j", "4"],

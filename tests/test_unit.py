@@ -5,7 +5,7 @@ import random
 import struct
 import subprocess
 
-from harness import ROOT, expect, once, run_kl3m, small_model, test, tmpdir
+from harness import ROOT, expect, once, quantized_model, run_kl3m, small_model, test, tmpdir
 
 
 def compiled(name):
@@ -49,6 +49,19 @@ def utf8():
 @test("a parallel step runs each piece once, however many threads there are and whether they sleep")
 def parallel_steps():
     run_unit("threads")
+
+
+@test("more threads than there are CPUs, which the program does not start, write the same bytes too")
+def more_threads_than_cpus():
+    for model in (small_model(), quantized_model("q8")):
+        done = subprocess.run([str(unit()), "many", str(model)], stdout=subprocess.PIPE,
+                              check=True, timeout=100)
+        texts = done.stdout.split(b"\0")[:-1]
+        expect([text.count(b"\n") for text in texts], [20] * 5)
+        expect(texts, texts[:1] * 5)
+        expect(texts[0], run_kl3m("-m", model, "-s", 1, "-n", 30, "-r", 20, "-p",
+                                  "This Agreement shall be governed by the laws of the State of "
+                                  "Delaware").out)
 
 
 def distributions(cases):

@@ -10,6 +10,7 @@
 //     unit stack         workers have the stack that an unoptimized product needs
 //     unit prefill       how the rows of a pass are divided among prompts
 //     unit guesses       the table of guesses beside plain counting over the whole text
+//     unit many MODEL    20 texts by 1, 2, 3, 5 and 7 threads, however few CPUs there are
 //     unit pass_time     what a row costs, found again from passes that obey a known line
 //     unit distribution  reads f64 { temperature, top_k, top_p, min_p, penalty, n, n_history,
 //                        masked }, n f32 logits, n_history u32 ids and, if masked, a bit of u64s
@@ -431,6 +432,27 @@ static int check_stack(void) {
     return 0;
 }
 
+// A NUL ends what a number of threads has written.
+static int generate_by_many(const char *path) {
+    static const int numbers[] = { 1, 2, 3, 5, 7 };
+    Model m = model_open(path);
+    options.source.prompt = "This Agreement shall be governed by the laws of the State of Delaware";
+    options.rules.new_tokens = 30;
+    options.rules.seed = 1;
+    options.settings.returns = 20;
+    options.settings.kv_memory = 1 << 28;
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        threads_start(numbers[i]);
+        int status = generate(&options, &m, choose_kernels(NULL));
+        threads_stop();
+        if (status != OK) return status;
+        write_all(&standard_output, "", 1);
+    }
+    flush_stdout();
+    model_close(&m);
+    return 0;
+}
+
 static void read_exactly(void *to, size_t size) {
     if (fread(to, 1, size, stdin) != size) exit(1);
 }
@@ -591,6 +613,7 @@ int main(int argc, char **argv) {
         { "rotations", check_rotations },
         { "distribution", print_distributions },
     };
+    if (argc == 3 && strcmp(argv[1], "many") == 0) return generate_by_many(argv[2]);
     for (size_t i = 0; argc == 2 && i < sizeof parts / sizeof *parts; i++)
         if (strcmp(argv[1], parts[i].name) == 0) return parts[i].run();
     return 2;

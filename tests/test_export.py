@@ -6,6 +6,7 @@ Most cases call the exporter's main() in this process, which is quicker than a p
 import ast
 import contextlib
 import copy
+import errno
 import functools
 import io
 import json
@@ -1326,6 +1327,53 @@ def failed_export_leaves_nothing():
             assert err.count("\n") == 1 and all(word in err for word in words), err
             expect({path.name: path.read_bytes() for path in top.iterdir()},
                    {"model.bin": older} if older else {}, what)
+
+
+@test("a fault of the disk where a file is only looked at is said with its remedy, and not taken "
+      "for a file that is not there")
+def faults_of_looking():
+    source, out = small_source(), tmpdir() / "model.bin"
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    (source / "generation_config.json").write_text('{"eos_token_id": 3}')
+    expect(run_inside(source, "-o", out)[0], 0)
+    want = out.read_bytes()
+    for name in ("stat", "scandir", "listdir", "statvfs", "fstat", "fchmod"):
+        real, calls, at = getattr(os, name), [], 0
+        while len(calls) == at:
+            at += 1
+            calls.clear()
+
+            def failing(*args, **options):
+                if len(calls) < at:   # else the one that fails has been
+                    calls.append(args)
+                    if len(calls) == at:
+                        raise OSError(errno.EIO, "Input/output error")
+                return real(*args, **options)
+            out.write_bytes(b"older")
+            out.chmod(0o600)
+            with mock.patch.object(os, name, failing):
+                code, err = run_inside(source, "-o", out)
+            expect((out.read_bytes(), stat.S_IMODE(out.stat().st_mode), os.listdir(out.parent)),
+                   (b"older" if code else want, 0o600, ["model.bin"]), (name, at, err))
+            assert err.count("\n") == 1 and (code == 0 or "; " in err), (name, at, err)
+        assert at > 1, name
+
+
+@test("a read of the disk that brings less than was asked for changes nothing")
+def short_reads():
+    class Short(io.FileIO):
+        def readinto(self, data):
+            return super().readinto(memoryview(data)[:-(-len(data) // 2)])
+
+    opened = open
+
+    def short(path, mode="r", buffering=-1, **options):
+        if mode != "rb":
+            return opened(path, mode, buffering, **options)
+        return io.BufferedReader(Short(path)) if buffering else Short(path)
+    want = exported()
+    with mock.patch("builtins.open", short):
+        expect(exported() == want, True)
 
 
 @test("OUT: the default name, a link followed, an older file replaced, what cannot be "

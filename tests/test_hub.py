@@ -614,6 +614,22 @@ def busy_server():
             expect(case.hub.sent[WEIGHTS], size, what + ": bytes sent")
 
 
+@test("what answers and speaks no HTTP is shown in one short line that a terminal may be given")
+def no_http():
+    case = Case()
+    for said in (b"SSH-2.0-\x1b[31mx\r\nmore\r\n", b"HTTP/1.1 x\ty\r\n\r\n", b"x" * 9999):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            def answer():
+                for _ in range(export_weights.TRIES):
+                    with server.accept()[0] as client:
+                        client.recv(1 << 16)
+                        client.sendall(said)
+            threading.Thread(target=answer, daemon=True).start()
+            err = case.check_fails(["given up after 6 tries", said[:4].decode()], lines=6,
+                                   HF_ENDPOINT="http://127.0.0.1:%d" % server.getsockname()[1])
+        assert all(line.isprintable() and len(line) < 300 for line in err.splitlines()), err
+
+
 @test("the wait doubles with chance in it; Retry-After counts as seconds or a date, up to "
       "five minutes")
 def waits_between_tries():

@@ -6,9 +6,10 @@ inputs that are kept in corpus/, then new ones.
 
 New inputs are tried for N seconds a target (0: none; 20 if nothing is said), as many targets at
 once as there are CPUs. With --keep what reaches code that nothing before it reached is kept in
-FOLDER/TARGET, to go on from the next time; `FOLDER/fuzz -merge=1 tests/fuzz/corpus/TARGET
-FOLDER/TARGET` (with FUZZ_TARGET and FUZZ_MODELS=FOLDER in the environment) adds to the corpus what
-it lacks. An input that shows a fault is kept in FOLDER, or in the current folder.
+FOLDER/TARGET, to go on from the next time. The corpus is made anew of both with `FOLDER/fuzz
+-merge=1 -use_counters=0 -max_len=1500 NEW tests/fuzz/corpus/TARGET FOLDER/TARGET`, and with
+FUZZ_TARGET=TARGET and FUZZ_MODELS=FOLDER in the environment: the smallest input for each place.
+An input that shows a fault is kept in the current folder, as TARGET-crash-...
 """
 import sys
 

@@ -141,7 +141,7 @@ def run(place, args, environment, fault=None):
     if child == 0:
         code = 99
         try:
-            signal.alarm(30)   # main() ends with 142 then
+            signal.alarm(100)   # main() ends with 142 then
             resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
             os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
             os.chdir(place)

@@ -524,3 +524,15 @@ def logits_file():
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
         assert 2 < spread < 6, "the logits' standard deviation is %g" % spread
         expect([p.name for p in path.parent.iterdir()], ["logits"])
+
+
+@test("a model without a start token takes any text but an empty one, which is that line's error")
+def no_start_token():
+    tokenizer = json.loads(json.dumps(models.small_tokenizer()).replace("<|start|>", "<|other|>"))
+    model = small_model(tokenizer=tokenizer, bos_token_id=None)
+    done = run_kl3m("-m", model, "-n", 0, input=b"Q\n\nQ\n")
+    expect((done.code, done.out), (3, b"Q\n\nQ\n"))
+    assert "line 2: the prompt is empty and the model has no <|start|> token" in done.err, done.err
+    done = run_kl3m("-m", model, "--score", input=b"Q\tQ\n\tQ\n")
+    expect((done.code, done.out.count(b"\n"), done.out.split(b"\n")[1]), (3, 2, b""))
+    assert "line 2: the text before the continuation is empty" in done.err, done.err

@@ -424,6 +424,9 @@ def refused():
                                                   "items": {"const": 1}, "minItems": 2}}}
     found = texts(few, "--schema-ignore", "uniqueItems", "-n", 30, n=30)
     expect(found["unchecked"], ["#/properties/a: uniqueItems: not supported"])
+    said = constrained("--check", "--schema", schema(few), "--schema-ignore", "uniqueItems",
+                       input=b"")
+    expect(said.err, "kl3m: not enforced: #/properties/a: uniqueItems: not supported\n")
     assert "unchecked" not in texts(PARTY)
     expect(verdicts({"oneOf": [{"type": "integer"}, {"minimum": 3}]}, ["5", '"x"'],
                     "--schema-ignore", "oneOf"), ["ok", "ok"])
@@ -466,6 +469,11 @@ def hostile():
                                                             "items": True}, 2),
             ({"type": "object", "minProperties": 10 ** 9}, 2), (chain, 2), (cycles, 0),
             ({"type": "string", "pattern": "|" * 60000 + "a"}, 2),
+            ({"allOf": [{"anyOf": [{"title": "%d %d" % (i, j)} for j in range(22)]}
+                        for i in range(4)]}, 2),
+            ({"anyOf": [{"type": kind, bound: i} for i in range(60) for kind, bound in (
+                ("string", "minLength"), ("integer", "minimum"), ("array", "minItems"),
+                ("object", "minProperties"), ("number", "maximum"))]}, 2),
             ({"type": "string", "pattern": "((a{0}){9999999}){9999999}"}, 0),
             ({"type": "string", "pattern": "a" * 70000}, 2),
             ({"type": "string", "pattern": "[" + "\\W" * 20000 + "]"}, 2),

@@ -241,8 +241,8 @@ static void *allocate_raw(size_t n, size_t size, size_t alignment) {
     size_t whole = too_much ? 0 : bytes / alignment * alignment + alignment;
     void *memory = too_much ? NULL : aligned_alloc(alignment, whole);
     if (memory == NULL)
-        die("out of memory: %zu times %zu bytes were asked for; smaller -b, --rows, -n, -r or -j "
-            "need less", n, size);
+        die("out of memory: %zu times %zu bytes were asked for; smaller -b, --rows, -n, -r, -j or "
+            "--kv-memory need less", n, size);
     return memory;
 }
 

@@ -169,10 +169,6 @@ static Options usual_options;
 static int model_file;             // the changed model, for map_file
 static char model_name[64];
 
-static void give_input(Input *in, size_t most_read) {
-    system_seen.in = in->at, system_seen.n_in = in->n, system_seen.most_read = most_read;
-}
-
 // ---- Targets: each returns the program's exit status ----
 
 static int fuzz_model(Input *in) {
@@ -400,7 +396,8 @@ static int fuzz_records(Input *in) {
     char delimiter = o->source.null ? 0 : '\n';
     size_t records = count_records(in->at, in->n, kind == IDS_IN ? '\n' : (uint8_t)delimiter);
     bool plain = o->json || kind == SCORES || kind == IDS_OUT;
-    give_input(in, more & 128 ? 1 + more % 7 : SIZE_MAX);
+    system_seen.in = in->at, system_seen.n_in = in->n;
+    system_seen.most_read = more & 128 ? 1 + more % 7 : SIZE_MAX;
     int status = commands[kind](o, &fixtures[flags >> 7].model, kernels);
     if (kind == JUDGED && records == 0) records = 1;       // the least -n
     if (draws && !o->json) records *= (size_t)o->settings.returns;
@@ -545,11 +542,10 @@ static int fuzz_schema(Input *in) {
     unsigned flags = next_byte(in);
     size_t n;
     Texts ignored = {0};
-    const char *word = flags & 2 ? "format" : NULL;
-    if (word) {
-        Bytes text = {0};
-        append_string(&text, word);
-        add_text(&ignored, text);
+    if (flags & 2) {
+        Bytes word = {0};
+        append_string(&word, "format");
+        add_text(&ignored, word);
     }
     char *text = next_string(in, &n);
     const Vocabulary *v = fixtures[0].vocabulary;

@@ -410,6 +410,8 @@ def fill_of(pipe):
 
 @test("a second Ctrl-C ends the program at once, though nobody reads what it has finished")
 def second_interrupt():
+    if b"__tsan_init" in KL3M.read_bytes():
+        raise Skip("ThreadSanitizer holds a signal back until the write that waits has returned")
     for number, status in STATUS.items():
         child = start("-n", 60, "--ignore-eos", "-r", 100000, "-p", "Q", input=b"")
         before = -1

@@ -7804,7 +7804,8 @@ typedef struct {
     Sampling sampling;
     long returns;              // continuations of each prompt
     long batch, rows;          // most sequences in work, most rows in a pass; 0: what pays off
-    long kv_memory;            // bytes
+    long kv_memory;            // bytes for keys and values
+    bool kv_memory_cut;        // more were asked for than the machine has
     bool ignore_eos;
     bool every_position;       // the logits of each position of the prompts, and no new tokens
     bool scores;               // the continuations are known: how likely are they?
@@ -9022,13 +9023,13 @@ static char *memory_refusal(const Request *r, const Model *m, const Settings *s)
     double need = bytes_needed(r, m);
     bool runs = r->limit > 0 || s->every_position;
     if (!runs || need <= (double)s->kv_memory) return NULL;
-    if (s->scores)
-        return format_string("the text needs %.1f MB of keys and values, --kv-memory allows %.1f; "
-                             "a larger --kv-memory does", need * 1e-6, (double)s->kv_memory * 1e-6);
-    return format_string("the prompt%s %.1f MB of keys and values, --kv-memory allows %.1f; %sa "
-                         "larger --kv-memory does",
-                         s->every_position ? " needs" : " and its new tokens need", need * 1e-6,
-                         (double)s->kv_memory * 1e-6, s->every_position ? "" : "a smaller -n or ");
+    bool draws = !s->scores && !s->every_position;
+    const char *what = draws ? "prompt and its new tokens need"
+                     : s->scores ? "text needs" : "prompt needs";
+    return format_string("the %s %.1f MB of keys and values, %s allows %.1f; %sa %s does", what,
+                         need * 1e-6, s->kv_memory_cut ? "the memory here" : "--kv-memory",
+                         (double)s->kv_memory * 1e-6, draws ? "a smaller -n or " : "",
+                         s->kv_memory_cut ? "machine with more memory" : "larger --kv-memory");
 }
 
 // The ids that the model is given for a request's prompt: cut as --truncate says, <|start|> for an
@@ -11206,15 +11207,15 @@ static int usable_cpus(void) {
     return cpus < 1 ? 1 : cpus > 1024 ? 1024 : (int)cpus;
 }
 
-// A quarter of the memory that this process may use: the machine's, or that of a cgroup it is in if
-// that is less.
-static long usual_kv_memory(void) {
+// The bytes of memory that this process may use: the machine's, or those of a cgroup it is in if
+// that has less.
+static double usable_memory(void) {
     double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
 #ifdef __linux__
     memory = fmin(memory, limit_of_cgroup("", "memory.max", NULL));
     memory = fmin(memory, limit_of_cgroup("memory", "memory.limit_in_bytes", NULL));
 #endif
-    return (long)(memory / 4);
+    return memory;
 }
 
 // ---- 22. Main ----
@@ -11263,8 +11264,17 @@ static int threads_wanted(void) {
     return options.threads && options.threads < cpus ? (int)options.threads : cpus;
 }
 
+// As many bytes as --kv-memory says, or a quarter of the memory; and no more than three quarters,
+// since a cgroup that is full ends the program without a word.
+static void limit_kv_memory(Settings *s) {
+    double memory = usable_memory();
+    s->kv_memory_cut = (double)s->kv_memory > memory / 4 * 3;
+    if (s->kv_memory == 0) s->kv_memory = (long)(memory / 4);
+    if (s->kv_memory_cut) s->kv_memory = (long)(memory / 4 * 3);
+}
+
 static int carry_out(const char *name) {
-    if (options.settings.kv_memory == 0) options.settings.kv_memory = usual_kv_memory();
+    limit_kv_memory(&options.settings);
     char *path = find_model(name);
     Model m = model_open(path);
     const Kernels *kernels = find_kernels();

@@ -164,9 +164,12 @@ def in_namespace(commands, *args):
     return run(["unshare", "-m", "sh", "-ec", script, "sh", "x", *map(str, args)])
 
 
-@test("--kv-memory's default is a quarter of what a cgroup of version 1 or 2 allows, -j's its CPUs")
+@test("keys and values take a quarter of what a cgroup of version 1 or 2 allows, with a larger "
+      "--kv-memory at most three quarters; no more threads run than it has CPUs")
 def limits_of_cgroups():
-    def allowed(files, lines):
+    def allowed(files, lines, *more):
+        """Megabytes for keys and values, and threads, where /sys/fs/cgroup has these files and
+        /proc/self/cgroup these lines."""
         place = tmpdir()
         for name, text in files.items():
             file = place / "cgroup" / name
@@ -177,24 +180,31 @@ def limits_of_cgroups():
                 "/proc/self/cgroup" % (place, place))
         # /proc/self is the shell that binds, and stays it through exec.
         done = in_namespace(bind.replace("/proc/self", "/proc/$$"), KL3M, "-m", small_model(), "-p",
-                            "x", "-n2", "-v", "-j", 1)
+                            "x", "-n2", "-v", *more)
         expect(done.code, 0, done.err)
-        return float(re.search(r"of ([\d.]+) MB for keys and values", done.err).group(1))
-    quarter = 25.0
+        return (float(re.search(r"of ([\d.]+) MB for keys and values", done.err).group(1)),
+                int(re.search(r"(\d+) threads", done.err).group(1)))
+    limit, quarter, cpus = "100000000\n", 25.0, len(os.sched_getaffinity(0))
     one = {"memory/memory.limit_in_bytes": "9223372036854771712\n",
-           "memory/a/memory.limit_in_bytes": "100000000\n",
-           "memory/a/b/memory.limit_in_bytes": "200000000\n"}
+           "memory/a/memory.limit_in_bytes": limit,
+           "memory/a/b/memory.limit_in_bytes": "200000000\n",
+           "cpu,cpuacct/cpu.cfs_quota_us": "-1\n", "cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+           "cpu/z/cpu.cfs_quota_us": "50000\n", "cpu/z/cpu.cfs_period_us": "100000\n"}
     most = allowed({"x": ""}, "0::/\n")
-    assert most > 100
-    lines = "5:cpu,cpuacct:/z\n4:memory:%s\n1:name=systemd:/y\n0::/\n"
-    expect(allowed(one, lines % "/a/b"), quarter, "the parent's, of version 1")
-    expect(allowed(one, lines % "/a"), quarter)
-    expect(allowed(one, lines % "/"), most, "none of its own")
-    one["memory/memory.limit_in_bytes"] = "100000000\n"
-    expect(allowed(one, lines % "/docker/1234"), quarter, "a container sees its own at the root")
-    two = {"memory.max": "max\n", "a/memory.max": "100000000\n", "a/b/memory.max": "max\n"}
-    expect(allowed(two, "0::/a/b\n"), quarter, "the parent's, of version 2")
+    assert most[0] > 100 and most[1] == cpus, most
+    lines = "5:cpu,cpuacct:%s\n4:memory:%s\n1:name=systemd:/y\n0::/\n"
+    expect(allowed(one, lines % ("/y", "/a/b")), (quarter, cpus), "the parent's, of version 1")
+    expect(allowed(one, lines % ("/z", "/a")), (quarter, 1), "half a CPU")
+    expect(allowed(one, lines % ("/y", "/")), most, "none of its own")
+    one["memory/memory.limit_in_bytes"] = limit
+    expect(allowed(one, lines % ("/y", "/docker/1234")), (quarter, cpus),
+           "a container sees its own at the root")
+    two = {"memory.max": "max\n", "a/memory.max": limit, "a/b/memory.max": "max\n",
+           "cpu.max": "max 100000\n", "a/cpu.max": "100000 100000\n", "a/b/cpu.max": "max 100000\n"}
+    expect(allowed(two, "0::/a/b\n"), (quarter, 1), "the parent's, of version 2")
     expect(allowed(two, "0::/\n"), most)
+    expect(allowed(two, "0::/a/b\n", "--kv-memory", "60M", "-j", 9), (62.9, 1))
+    expect(allowed(two, "0::/a/b\n", "--kv-memory", "9G"), (3 * quarter, 1))
 
 
 @test("started through PATH, the program finds its own folder also where there is no /proc")

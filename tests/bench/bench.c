@@ -927,7 +927,7 @@ int main(int argc, char **argv) {
     parse(argc, argv);
     if (asked.self_check) return self_check();
     terminal = isatty(STDOUT_FILENO);
-    if (options.settings.kv_memory == 0) options.settings.kv_memory = usual_kv_memory();
+    limit_kv_memory(&options.settings);
     Model m = model_open(asked.model);
     const Kernels *kernels = find_kernels();
     keep_denormals();

@@ -279,10 +279,11 @@ def cgroup(limit):
         folder.rmdir()
 
 
-def within(limit, *args):
+def within(limit, *args, input=None):
     """Runs the program at the real shapes behind a command of the shell that limits it."""
+    prompt = ["-p", "This"] if input is None else []
     return run(["sh", "-c", limit + ' && exec "$@"', "sh", KL3M, "-m", real_model(), "-s", "1",
-                "-p", "This", *args], timeout=300)
+                *prompt, *args], input, timeout=300)
 
 
 def forget(path):
@@ -322,6 +323,20 @@ def hundred_megabytes():
         done = within("echo 0 >%s" % entry, "-n", "4000")
         expect(done.code, 3)
         assert re.search(r"need 5\d\d\.\d MB .*--kv-memory allows 26\.2", done.err), done.err
+        done = within("echo 0 >%s" % entry, "-n", "4000", "--kv-memory", "9G")
+        expect(done.code, 3, done.err)
+        assert "the memory here allows 78.6; a smaller -n" in done.err, done.err
+
+
+@test("a --kv-memory beyond a cgroup of 1 GB is not filled: prompts wait until there is room")
+def more_than_there_is():
+    prompts = b"".join(b"%d law" % i + b" law" * 1450 + b"\n" for i in range(3))
+    with cgroup(2 ** 30) as (entry, peak):
+        done = within("echo 0 >%s" % entry, "-v", "-n", "1", "--kv-memory", "9G", input=prompts)
+        expect((done.code, done.out.count(b"\n")), (0, 3), done.err)
+        used, most = re.search(r"([\d.]+) of ([\d.]+) MB for keys", done.err).groups()
+        report("%s of %s MB for keys and values, %.0f MB at the peak", used, most, peak() * 1e-6)
+        assert 400 < float(used) <= float(most) == 805.3, done.err
 
 
 @test("where the system gives no more memory there is a message and status 1")

@@ -141,6 +141,12 @@ def small_tokenizer(size=512):
 
 # ---- Config and weights -----------------------------------------------------------------------
 
+# The shapes of kl3m-002-170m, for where its own config is not at hand.
+REAL_SHAPES = {"hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
+               "intermediate_size": 1024, "vocab_size": 32768, "max_position_embeddings": 4096,
+               "rotary_pct": 0.25, "num_key_value_heads": 8}
+
+
 def make_config(**overrides):
     """The real config.json's fields at a tiny size. num_key_value_heads is not to be believed
     there either: the tensor's shape says how many there are. rotary_pct differs, since a quarter

@@ -36,12 +36,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TESTS, ROOT = HERE.parent, HERE.parents[1]
+sys.path.append(str(TESTS))
+
+import models  # noqa: E402
+
 KL3M = Path(os.environ.get("KL3M") or ROOT / "kl3m").resolve()
 BENCH = "tests/bench/bench"     # as the Makefile names it
 THREADS = len(os.sched_getaffinity(0))
-SHAPES = {"hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
-          "intermediate_size": 1024, "vocab_size": 32768, "max_position_embeddings": 4096,
-          "rotary_pct": 0.25}
+SHAPES = dict(models.REAL_SHAPES)
 
 
 def say(text):
@@ -378,8 +380,6 @@ def once(peer, setting, folder, ids, count):
 def write_hf(out):
     """The random model. Its vocabulary's rows are those of the real one; the tokenizer's 2,048 do
     for prompts."""
-    sys.path.append(str(TESTS))
-    import models
     models.write_model(out, tokenizer=TESTS / "tiny" / "tokenizer.json", **SHAPES)
 
 

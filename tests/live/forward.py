@@ -26,11 +26,6 @@ import models
 from harness import SHARED, expect, export, run_kl3m, run_tests, selected, test, tmpdir
 from naive import Naive
 
-# The shapes of kl3m-002-170m, for where its own config is not at hand.
-REAL = {"hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
-        "intermediate_size": 1024, "vocab_size": 32768, "max_position_embeddings": 4096,
-        "rotary_pct": 0.25, "num_key_value_heads": 8}
-
 # Those of kl3m-003-1.7b, but for 8 of its 32 layers and a small vocabulary: an output's sum does
 # not know how many others there are.
 LARGE = {"hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 32,
@@ -184,10 +179,10 @@ class Model:
 
 @functools.lru_cache(maxsize=None)
 def real_model():
-    config = dict(models.make_config(), **REAL)
+    config = dict(models.make_config(), **models.REAL_SHAPES)
     if SHARED:
         config = json.loads((SHARED / "kl3m-002-170m" / "config.json").read_text())
-        expect({name: config[name] for name in REAL}, REAL, "the real config")
+        expect({name: config[name] for name in models.REAL_SHAPES}, models.REAL_SHAPES)
     return Model(config)
 
 

@@ -31,18 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules 
 
 from harness import (KL3M, ROOT, SHARED, Skip, expect, quantized_model, run, run_kl3m, run_tests,
                      selected, small_model, test, tmpdir)
-from models import LEGAL_TEXT
+from models import LEGAL_TEXT, REAL_SHAPES
 
 COUNT = int(os.environ.get("KL3M_HEAVY_COUNT", 100000))
 
 CONTEXT = 256
 SMALL = {"max_position_embeddings": CONTEXT, "hidden_size": 32, "num_attention_heads": 2,
          "intermediate_size": 32, "num_hidden_layers": 1}
-
-# The shapes of kl3m-002-170m.
-REAL = {"hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16,
-        "intermediate_size": 1024, "vocab_size": 32768, "max_position_embeddings": 4096,
-        "rotary_pct": 0.25, "num_key_value_heads": 8}
 
 # What the largest resident set may grow by in the last nine tenths of the answers. Measured: up to
 # 0.2 MB. The smallest block of malloc has 32 bytes: one lost for each prompt would be 2.9 MB. Under
@@ -57,7 +52,7 @@ def report(text, *values):
 
 def real_model():
     tokenizer = SHARED and str(SHARED / "kl3m-002-170m" / "tokenizer.json")
-    return small_model(tokenizer=tokenizer, **REAL)
+    return small_model(tokenizer=tokenizer, **REAL_SHAPES)
 
 
 # ---- Work ---------------------------------------------------------------------------------------

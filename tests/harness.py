@@ -8,7 +8,9 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ import models
 
 ROOT = Path(__file__).resolve().parent.parent
 KL3M = Path(os.environ.get("KL3M") or ROOT / "kl3m").resolve()
+PATIENCE = 600   # seconds after which a process is taken to hang, on a machine of any speed
 SHARED = ROOT.parent / "shared" if (ROOT.parent / "shared").is_dir() else None
 
 tests = []  # (module, sentence, function), in the order in which they were met
@@ -104,7 +107,7 @@ class Result:
         return self.out.decode("utf-8")
 
 
-def run(command, input=None, env=None, timeout=60, cwd=None):
+def run(command, input=None, env=None, timeout=PATIENCE, cwd=None):
     """Runs a command. env adds to the environment; a value of None takes a name out of it."""
     full = dict(os.environ)
     full.pop("KL3M_MODEL", None)
@@ -122,13 +125,31 @@ def run(command, input=None, env=None, timeout=60, cwd=None):
     return Result(done.stdout, done.stderr, done.returncode)
 
 
-def run_kl3m(*args, input=None, env=None, timeout=60, cwd=None, program=None):
+def until(condition, what="it"):
+    """Waits for it to come true, looking often."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what + " did not happen"
+        time.sleep(0.01)
+
+
+def until_it_catches(child, number=signal.SIGINT):
+    """Waits until a process has a handler for the signal, so that it may be sent."""
+    status = Path("/proc/%d/status" % child.pid)
+    if not status.exists():
+        time.sleep(1)
+        return
+    until(lambda: int(re.search(r"SigCgt:\t(\w+)", status.read_text()).group(1), 16)
+          >> (number - 1) & 1, "a handler")
+
+
+def run_kl3m(*args, input=None, env=None, timeout=PATIENCE, cwd=None, program=None):
     """Runs the program (or another build of it) with these options."""
     args = [str(a) if isinstance(a, (int, float)) else a for a in args]
     return run([program or KL3M, *args], input, env, timeout, cwd)
 
 
-def run_export(*args, input=None, env=None, timeout=120, cwd=None):
+def run_export(*args, input=None, env=None, timeout=PATIENCE, cwd=None):
     return run([sys.executable, ROOT / "export_weights.py", *args], input, env, timeout, cwd)
 
 

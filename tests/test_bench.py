@@ -9,7 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from harness import KL3M, ROOT, Skip, expect, once, run, small_model, test, tmpdir
+from harness import (KL3M, PATIENCE, ROOT, Skip, expect, once, run, small_model, test, tmpdir,
+                     until_it_catches)
 
 WORKS = ["decode", "decode at position 240", "prefill of 32 tokens", "prefill of 240 tokens",
          "score of 32 tokens", "decode, 16 sequences at once", "decode, 48 sequences at once"]
@@ -99,9 +100,9 @@ def short_context_and_ctrl_c():
     assert "context of 64" in done.err, done.err
     child = subprocess.Popen([bench(), model(), "--kl3m", KL3M], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, env={"KL3M_ISA": "portable"})
-    time.sleep(0.3)
+    until_it_catches(child)
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=PATIENCE)
     expect((child.returncode, out, err), (130, b"", b""))
 
 

@@ -16,7 +16,8 @@ import termios
 import time
 import zlib
 
-from harness import KL3M, Skip, expect, run_kl3m, small_directory, small_model, test, tmpdir
+from harness import (KL3M, PATIENCE, Skip, expect, run_kl3m, small_directory, small_model, test,
+                     tmpdir, until, until_it_catches)
 from tokenizer_tools import escape
 
 CONTEXT = 4096     # long enough for a text that takes seconds
@@ -293,7 +294,7 @@ def verbose_and_quiet():
 def control_characters_on_a_terminal():
     ours, theirs = pty.openpty()
     subprocess.run([str(KL3M), "-m", str(model()), "-n0"], input=b"a\x1b[2Jb\x07\x7f\xc3\xa9\nc\n",
-                   stdout=theirs, timeout=20)
+                   stdout=theirs, timeout=PATIENCE)
     os.close(theirs)
     got = b""
     try:
@@ -317,7 +318,7 @@ def closed_pipe():
             os.close(reader)
             done = subprocess.run([str(KL3M), "-m", str(model()), *args],
                                   input=lines, stdout=writer, stderr=subprocess.PIPE,
-                                  restore_signals=restore, timeout=30)
+                                  restore_signals=restore, timeout=PATIENCE)
             os.close(writer)
             assert done.returncode in (-signal.SIGPIPE, 141), (args, done.returncode, done.stderr)
             if "-v" not in args:
@@ -325,7 +326,7 @@ def closed_pipe():
     # A reader that has had enough: the rest is not computed.
     child = start("-n", 300, "--ignore-eos", input=b"Q\n" * 5000)
     child.stdout.close()
-    assert child.wait(timeout=20) in (-signal.SIGPIPE, 141)
+    assert child.wait(timeout=PATIENCE) in (-signal.SIGPIPE, 141)
 
 
 @test("a full disk is status 1 with a message, and leaves nothing half-written")
@@ -337,7 +338,7 @@ def full_disk():
                  ["--info"]):
         with open("/dev/full", "wb") as full:
             done = subprocess.run([str(KL3M), "-m", str(model()), *args], input=b"300\n",
-                                  stdout=full, stderr=subprocess.PIPE, timeout=30)
+                                  stdout=full, stderr=subprocess.PIPE, timeout=PATIENCE)
         expect(done.returncode, 1, args)
         expect(done.stderr.count(b"\n"), 1, args)
     for place, limit in (("/nowhere/logits", None), (str(tmpdir()), None),
@@ -348,7 +349,7 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         done = subprocess.run([str(KL3M), "-m", str(model()), "-p", "QQ", "--logits", place],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              preexec_fn=small_files if limit else None, timeout=30)
+                              preexec_fn=small_files if limit else None, timeout=PATIENCE)
         expect((done.returncode, done.stdout), (1, b""), place)
         assert place.encode() in done.stderr and done.stderr.count(b"\n") == 1, done.stderr
         if limit:
@@ -369,8 +370,7 @@ def start(*args, input=None):
         child.stdin.close()
         child.stdin = None
         select.select([child.stdout], [], [], 1)  # it has begun to print, or has had the time
-    else:
-        time.sleep(0.3)
+    until_it_catches(child)
     return child
 
 
@@ -384,7 +384,7 @@ def interrupted():
     for number, status in STATUS.items():
         child = start(*args, input=b"Q\n" * 2000)
         child.send_signal(number)
-        out, err = child.communicate(timeout=40)
+        out, err = child.communicate(timeout=PATIENCE)
         expect(child.returncode, status, err)
         lines = out.split(b"\n")
         expect(lines.pop(), b"", "the last line is whole")
@@ -392,38 +392,40 @@ def interrupted():
         # A streaming text stops where it is, at a whole character.
         child = start("-p", "Q", *args, "-n", CONTEXT, input=b"")
         child.send_signal(number)
-        out, err = child.communicate(timeout=40)
+        out, err = child.communicate(timeout=PATIENCE)
         expect(child.returncode, status, err)
         assert out.startswith(b"Q"), out[:20]
         # Waiting for a prompt is left at once.
         child = start()
         child.send_signal(number)
-        expect(child.wait(timeout=20), status)
-
-
-def fill_of(pipe):
-    """Bytes in it that nobody has read yet."""
-    found = bytearray(4)
-    fcntl.ioctl(pipe, termios.FIONREAD, found)
-    return int.from_bytes(found, sys.byteorder)
+        expect(child.wait(timeout=PATIENCE), status)
 
 
 @test("a second Ctrl-C ends the program at once, though nobody reads what it has finished")
 def second_interrupt():
     if b"__tsan_init" in KL3M.read_bytes():
         raise Skip("ThreadSanitizer holds a signal back until the write that waits has returned")
+    page = 4096        # less than the texts that are finished at once
+
+    def fill(pipe):
+        """Bytes in it that nobody has read yet."""
+        found = bytearray(4)
+        fcntl.ioctl(pipe, termios.FIONREAD, found)
+        return int.from_bytes(found, sys.byteorder)
+
     for number, status in STATUS.items():
-        child = start("-n", 60, "--ignore-eos", "-r", 100000, "-p", "Q", input=b"")
-        before = -1
-        while fill_of(child.stdout) != before:     # until the pipe is full
-            before = fill_of(child.stdout)
-            time.sleep(0.5)
+        ours, theirs = os.pipe()
+        fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, page)
+        child = subprocess.Popen([str(KL3M), "-m", str(model()), "-n", "60", "--ignore-eos", "-r",
+                                  "100000", "-p", "Q"], stdout=theirs)
+        os.close(theirs)
+        until(lambda: fill(ours) > page - 600)     # what does not fit whole waits
         child.send_signal(number)
         time.sleep(0.3)
         assert child.poll() is None, "it waits for its reader"
         child.send_signal(number)
-        expect(child.wait(timeout=5), status)
-        child.stdout.close()
+        expect(child.wait(timeout=PATIENCE), status)
+        os.close(ours)
 
 
 # ---- Model files ------------------------------------------------------------------------------
@@ -457,7 +459,7 @@ class File:
     def run(self, *args):
         path = tmpdir() / "spoilt.bin"
         path.write_bytes(self.data)
-        done = run_kl3m("-m", path, *(args or ["-p", "This Agreement", "-n3", "-t0"]), timeout=20)
+        done = run_kl3m("-m", path, *(args or ["-p", "This Agreement", "-n3", "-t0"]))
         path.unlink()
         if done.code == 1:
             assert ("spoilt.bin" in done.err and done.err.count("\n") == 1
@@ -692,7 +694,7 @@ def continuations_come_as_they_finish():
     first = child.stdout.readline()
     child.send_signal(signal.SIGINT)
     rest = child.stdout.read()
-    expect(child.wait(timeout=20), 130)
+    expect(child.wait(timeout=PATIENCE), 130)
     whole = kl3m("-r", 40, "-n", 20, "--ignore-eos", "-s", 1, "-p", "Q").out.split(b"\n")[:-1]
     lines = (first + rest).split(b"\n")
     expect(lines.pop(), b"", "the last line is whole")

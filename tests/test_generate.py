@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 import models
-from harness import KL3M, expect, export, run_kl3m, small_model, test, tmpdir
+from harness import KL3M, PATIENCE, expect, export, run_kl3m, small_model, test, tmpdir
 from tokenizer_tools import detokenize, escape, tokenize
 
 CONTEXT = 128      # of the models used here
@@ -286,7 +286,8 @@ def text_as_it_is_made():
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
         with ours, theirs:
             command = [str(KL3M), "-m", str(chain_model()), *args]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=theirs, timeout=60)
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=theirs,
+                                  timeout=PATIENCE)
             expect(done.returncode, 0)
             ours.setblocking(False)
             got = []

@@ -66,14 +66,19 @@ def zsh():
         zpty -w shell "echo rea''dy"
         zpty -r -m shell line '*ready*'
         zpty -n -w shell "$2"$'\\t'
-        sleep 0.5; zpty -n -w shell $'\\t'; sleep 0.5
-        while zpty -r -t shell line; do print -r -- "$line"; done
+        sleep 0.5; zpty -n -w shell $'\\t'
+        for i in {1..600}; do
+            sleep 0.05
+            while zpty -r -t shell line; do print -r -- "$line"; all+=$line; done
+            [[ $all == *$3* ]] && break
+        done
         zpty -d shell
     """
-    def said(text):
-        return run(["zsh", "-f", "-c", script, "zsh", pages(), text]).text
-    assert "--score" in said("kl3m --sco"), said("kl3m --sco")
-    found = said("kl3m --truncate ")
+    def said(text, last):
+        return run(["zsh", "-f", "-c", script, "zsh", pages(), text, last]).text
+    found = said("kl3m --sco", "--score")
+    assert "--score" in found, found
+    found = said("kl3m --truncate ", "right")
     assert "left" in found and "right" in found, found
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-from harness import KL3M, ROOT, Skip, expect, export, run_kl3m, test, tiny_model, tmpdir
+from harness import KL3M, PATIENCE, ROOT, Skip, expect, export, run_kl3m, test, tiny_model, tmpdir
 from tokenizer_tools import tokenize
 
 DEMO_PROMPT = "Governing Law.\n"
@@ -18,7 +18,7 @@ def run_make(*args, cwd, make="make"):
     env = {name: value for name, value in os.environ.items()
            if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run([make, *args], cwd=cwd, env=env, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=100)
+                          stderr=subprocess.PIPE, timeout=PATIENCE)
     expect(done.returncode, 0, done.stderr.decode())
     return done.stdout.decode()
 
@@ -47,7 +47,7 @@ def commands_print_what_is_shown():
             if "jq" in command.split() and shutil.which("jq") is None:
                 continue
             done = subprocess.run(["sh", "-c", command], cwd=folder, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, timeout=60)
+                                  stderr=subprocess.STDOUT, timeout=PATIENCE)
             expect(done.stdout.decode(), output, command)
             examples += 1
     assert examples >= 5, examples
@@ -102,7 +102,7 @@ def install_and_uninstall():
     installed = stage / "opt/kl3m/bin/kl3m"
     done = subprocess.run([str(installed), "-p", DEMO_PROMPT, "-t0", "-n5"], cwd=str(tmpdir()),
                           stdout=subprocess.PIPE,
-                          env={"HOME": "/nowhere", "PATH": os.environ["PATH"]}, timeout=60)
+                          env={"HOME": "/nowhere", "PATH": os.environ["PATH"]}, timeout=PATIENCE)
     expect((done.returncode, done.stdout),
            (0, run_kl3m("-m", tiny_model(), "-p", DEMO_PROMPT, "-t0", "-n5").out))
     run_make("-s", "uninstall", "PREFIX=/opt/kl3m", "DESTDIR=%s" % stage, cwd=folder)
@@ -127,7 +127,8 @@ def samples(model, path):
 
 def run_card(model, path):
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "card.py"), str(model), str(path)],
-                          stdout=subprocess.PIPE, env=dict(os.environ, KL3M=str(KL3M)), timeout=60)
+                          stdout=subprocess.PIPE, env=dict(os.environ, KL3M=str(KL3M)),
+                          timeout=PATIENCE)
     return done.returncode, done.stdout.decode()
 
 

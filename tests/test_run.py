@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from harness import ROOT, expect, test, tmpdir
+from harness import PATIENCE, ROOT, expect, test, tmpdir
 
 
 def folder(**modules):
@@ -34,7 +34,7 @@ def start(top, *words):
 
 def run(top, *words):
     child = start(top, *words)
-    out = child.communicate(timeout=60)[0].decode()
+    out = child.communicate(timeout=PATIENCE)[0].decode()
     expect(os.listdir(top / "tmp"), [], "what is left of a run")
     return child.returncode, out
 
@@ -131,7 +131,7 @@ def stopped_run():
         while not ((top / "a").exists() and (top / "b").exists()) and time.monotonic() < until:
             time.sleep(0.01)
         child.send_signal(number)
-        out = child.communicate(timeout=60)[0].decode()
+        out = child.communicate(timeout=PATIENCE)[0].decode()
         expect((child.returncode, out), (128 + number, "0 passed, 0 failed\n"))
         for name in "ab":
             process = int((top / name).read_text())

@@ -10,7 +10,7 @@ import subprocess
 import time
 import zlib
 
-from harness import KL3M, ROOT, expect, run_kl3m, small_model, test, tiny_model, tmpdir
+from harness import KL3M, PATIENCE, ROOT, expect, run_kl3m, small_model, test, tiny_model, tmpdir
 from models import LEGAL_TEXT
 from test_bench import SOURCES, compile_bench, run_bench
 from test_unit import run_unit
@@ -304,7 +304,7 @@ def learn_refuses_at_once():
     while not os.listdir(place) and child.poll() is None:
         time.sleep(0.01)
     child.terminate()
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate(timeout=PATIENCE)
     expect((child.returncode, out, err), (143, b"", b""))
     expect(os.listdir(place), [])
     done = run_kl3m("-m", trained(), "--learn", "-o", "/dev/full", "--tokens", 100)

@@ -15,7 +15,8 @@ import termios
 import time
 import zlib
 
-from harness import KL3M, Skip, expect, run, run_kl3m, small_model, test, tmpdir
+from harness import (KL3M, PATIENCE, Skip, expect, run, run_kl3m, small_model, test, tmpdir,
+                     until, until_it_catches)
 
 MARK = b"\xef\xbb\xbf"
 
@@ -108,7 +109,7 @@ def unblocking_output():
         time.sleep(0.1)
         got = read_slowly(reader)
         os.close(reader)
-        expect(child.wait(timeout=20), want.code, args)
+        expect(child.wait(timeout=PATIENCE), want.code, args)
         expect(got.decode(), want.text if stream == 1 else want.err, args)
 
 
@@ -124,7 +125,7 @@ def unblocking_input():
             time.sleep(0.05)
             os.write(writer, part)
         os.close(writer)
-        out, _ = child.communicate(timeout=20)
+        out, _ = child.communicate(timeout=PATIENCE)
         expect((child.returncode, out),
                (0, b"The State of" + (b"\0" if "-0" in args else b"\n")), args)
 
@@ -147,7 +148,7 @@ def same_process_id():
         command = ["unshare", "--pid", "--fork", str(KL3M), "-m", str(small_model()), "-p",
                    "The State of Delaware", "--rows", "1", "--logits", str(place / "out")]
         both = [subprocess.Popen(command) for _ in range(2)]
-        expect([child.wait(timeout=20) for child in both], [0, 0])
+        expect([child.wait(timeout=PATIENCE) for child in both], [0, 0])
         expect((place / "out").read_bytes(), (place / "want").read_bytes())
     expect(leftovers(place, "want"), ["out"])
     # Meanwhile each has a file of its own.
@@ -178,14 +179,9 @@ def nothing_stays():
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         child = subprocess.Popen(learn, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                  preexec_fn=as_usual)
-        for _ in range(200):
-            if leftovers(place, "model.bin"):
-                break
-            time.sleep(0.02)
-        assert [name for name in leftovers(place, "model.bin") if name.endswith(".part")], (
-            "it has not begun")
+        until(lambda: [name for name in leftovers(place, "model.bin") if name.endswith(".part")])
         child.send_signal(number)
-        out_text, err = child.communicate(timeout=20)
+        out_text, err = child.communicate(timeout=PATIENCE)
         stops = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
         expect((child.returncode, out_text), (stops.get(number, -number), b""), (number, err))
         expect(leftovers(place, "model.bin"), [], number)
@@ -242,7 +238,7 @@ def named_pipes():
     place = tmpdir()
     pipe = place / "pipe"
     os.mkfifo(pipe)
-    done = run_kl3m("-m", pipe, "-p", "x", timeout=5)
+    done = run_kl3m("-m", pipe, "-p", "x")
     expect(done.code, 1)
     assert "pipe" in done.err and "regular" in done.err, done.err
     model = ["-m", str(small_model())]
@@ -251,23 +247,24 @@ def named_pipes():
         more = ["-o", str(place / "learnt")] if "--learn" in args else []
         child = subprocess.Popen([str(KL3M), *model, *args, str(pipe), *more],
                                  stdin=subprocess.DEVNULL)
-        time.sleep(0.2)
+        until_it_catches(child)
+        time.sleep(0.1)
         expect(child.poll(), None, args)
         child.send_signal(signal.SIGINT)
-        expect(child.wait(timeout=5), 130, args)
+        expect(child.wait(timeout=PATIENCE), 130, args)
     expect(leftovers(place), ["pipe"])
     # What comes through it is what a file gives.
     child = subprocess.Popen([str(KL3M), *model, "-n0", "-f", str(pipe)], stdout=subprocess.PIPE)
     time.sleep(0.1)
     with open(pipe, "wb") as writer:
         writer.write(b"The State")
-    expect((child.communicate(timeout=20)[0], child.returncode), (b"The State\n", 0))
+    expect((child.communicate(timeout=PATIENCE)[0], child.returncode), (b"The State\n", 0))
     expect(run_kl3m(*model, "-p", "xy", "--logits", place / "logits").code, 0)
     child = subprocess.Popen([str(KL3M), *model, "-p", "xy", "--logits", str(pipe)])
     time.sleep(0.1)
     with open(pipe, "rb") as reader:
         expect(reader.read(), (place / "logits").read_bytes())
-    expect(child.wait(timeout=20), 0)
+    expect(child.wait(timeout=PATIENCE), 0)
 
 
 # ---- Input --------------------------------------------------------------------------------------
@@ -355,7 +352,7 @@ def on_terminal(columns, *args, given=b""):
     except OSError:   # the other end is closed
         pass
     os.close(ours)
-    child.wait(timeout=20)
+    child.wait(timeout=PATIENCE)
     return shown.decode()
 
 

@@ -8,7 +8,7 @@ import subprocess
 import termios
 import time
 
-from harness import KL3M, Skip, expect, run_kl3m, test, tiny_model, tmpdir
+from harness import KL3M, PATIENCE, Skip, expect, run_kl3m, test, tiny_model, tmpdir, until
 
 PROMPT = "Governing Law.\\n"
 
@@ -29,11 +29,11 @@ class Terminal:
             preexec_fn=own_terminal)
         os.close(theirs)
 
-    def read(self, until, timeout=20):
+    def read(self, until, timeout=PATIENCE):
         """What is printed up to this text, without it."""
         return self.read_to(lambda found: found.endswith(until.encode()), timeout)[:-len(until)]
 
-    def read_to(self, enough, timeout=20):
+    def read_to(self, enough, timeout=PATIENCE):
         found, end = b"", time.time() + timeout
         while not enough(found.replace(b"\r\n", b"\n")):
             ready = select.select([self.ours], [], [], max(0, end - time.time()))[0]
@@ -50,7 +50,7 @@ class Terminal:
 
     def close(self):
         """Its exit status."""
-        code = self.child.wait(timeout=20)
+        code = self.child.wait(timeout=PATIENCE)
         os.close(self.ours)
         return code
 
@@ -138,7 +138,7 @@ def no_conversation():
         terminal = Terminal(*args, pipe_out=pipe_out)
         terminal.say("The\n\x04")
         if pipe_out:
-            out = terminal.child.communicate(timeout=20)[0].decode()
+            out = terminal.child.communicate(timeout=PATIENCE)[0].decode()
         else:
             out = terminal.read("\n")
         assert ">" not in out and out.count("\n") <= 1 and len(out) > 0, out
@@ -152,16 +152,19 @@ def tmux():
     socket = str(tmpdir() / "tmux")
     def ask(*args):
         return subprocess.run(["tmux", "-S", socket, *args], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=20).stdout.decode()
+                              stderr=subprocess.STDOUT, timeout=PATIENCE).stdout.decode()
     ask("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "40",
         "'%s' -m '%s' -s 1 -n 20; echo left; sleep 60" % (KL3M, tiny_model()))
+    def screen():
+        return "\n".join(line.rstrip() for line in ask("capture-pane", "-p").splitlines())
+    def prompts():
+        return sum(line.startswith(">") for line in screen().splitlines())
     try:
-        for keys in (["Governing Law.\\n", "Enter"], ["Enter"], ["C-c"], ["C-d"]):
-            time.sleep(1)
+        for n, keys in enumerate((["Governing Law.\\n", "Enter"], ["Enter"], ["C-c"], ["C-d"])):
+            until(lambda: prompts() == n + 1, "prompt %d" % (n + 1))
             ask("send-keys", *keys)
-        time.sleep(1)
-        screen = "\n".join(line.rstrip() for line in ask("capture-pane", "-p").splitlines())
+        until(lambda: "left" in screen(), "the end")
+        assert text_of(20)[:40] in screen(), screen()
+        expect(prompts(), 4, screen())
     finally:
         ask("kill-server")
-    assert text_of(20)[:40] in screen and "left" in screen, screen
-    expect(sum(line.startswith(">") for line in screen.splitlines()), 4, screen)

@@ -212,8 +212,8 @@ def megabyte_of_one_thing():
     for setting in settings():
         for text in texts:
             there = run_kl3m("-m", setting.model, "--tokenize", "-0",
-                             input=text + b"\0", timeout=30)
-            back = run_kl3m("-m", setting.model, "--detokenize", "-0", input=there.out, timeout=30)
+                             input=text + b"\0")
+            back = run_kl3m("-m", setting.model, "--detokenize", "-0", input=there.out)
             expect((there.code, back.code), (0, 0), there.err + back.err)
             expect(back.out == text + b"\0", True, "a megabyte of %r" % text[:8])
 
@@ -309,7 +309,7 @@ def longer_by_nfc():
     for text in ("\u0958" * 300000, "\u0915\u093c" * 300000):
         (folder / "text").write_text(text, encoding="utf-8")
         done = run_kl3m("-m", nfc_model(), "--learn", "-o", folder / "out", "--tokens", 20, "-s", 1,
-                        "-f", folder / "text", timeout=100)
+                        "-f", folder / "text")
         expect(done.code, 0, done.err)
         tables.append((folder / "out").read_bytes())
     assert tables[0] == tables[1]
@@ -514,7 +514,7 @@ class Tables:
         else:
             assert (done.code == 1 and flaw in done.err
                     and done.err.count("\n") == 1), (flaw, done.err)
-        assert took < 2, "%s: %.1f s" % (flaw, took)   # the nearly full table took 12 s
+        assert took < 6, "%s: %.1f s" % (flaw, took)   # the nearly full table took 12 s
 
 
 @test("a hash table nearly full, or with a long run of occupied slots, is refused at once")

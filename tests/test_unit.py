@@ -5,7 +5,8 @@ import random
 import struct
 import subprocess
 
-from harness import ROOT, expect, once, quantized_model, run_kl3m, small_model, test, tmpdir
+from harness import (PATIENCE, ROOT, expect, once, quantized_model, run_kl3m, small_model, test,
+                     tmpdir)
 
 
 def compiled(name):
@@ -21,7 +22,7 @@ def unit():
 
 
 def run_unit(part):
-    done = subprocess.run([str(unit()), part], stdout=subprocess.PIPE, timeout=100)
+    done = subprocess.run([str(unit()), part], stdout=subprocess.PIPE, timeout=PATIENCE)
     expect(done.returncode, 0, done.stdout.decode())
 
 
@@ -55,7 +56,7 @@ def parallel_steps():
 def more_threads_than_cpus():
     for model in (small_model(), quantized_model("q8")):
         done = subprocess.run([str(unit()), "many", str(model)], stdout=subprocess.PIPE,
-                              check=True, timeout=100)
+                              check=True, timeout=PATIENCE)
         texts = done.stdout.split(b"\0")[:-1]
         expect([text.count(b"\n") for text in texts], [20] * 5)
         expect(texts, texts[:1] * 5)
@@ -76,7 +77,7 @@ def distributions(cases):
         if allowed is not None:
             data += sum(1 << i for i in set(allowed)).to_bytes((n + 63) // 64 * 8, "little")
     done = subprocess.run([str(unit()), "distribution"], input=data, stdout=subprocess.PIPE,
-                          check=True, timeout=100)
+                          check=True, timeout=PATIENCE)
     for line in done.stdout.decode().splitlines():
         words = line.split()
         shares = zip(map(int, words[::2]), map(float, words[1::2]))

@@ -56,7 +56,7 @@ def train(model, tokenizer, steps=4):
 
 def program_logits(model, text, vocab):
     out = tmpdir() / "logits"
-    done = run_kl3m("-m", model, "-p", text, "--no-escape", "--logits", out, timeout=300)
+    done = run_kl3m("-m", model, "-p", text, "--no-escape", "--logits", out)
     expect(done.code, 0, done.err)
     found = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.float32)
     return found.view(-1, vocab)

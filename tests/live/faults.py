@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules of tests/
 
-from harness import KL3M, expect, run_tests, selected, small_model, test, tmpdir
+from harness import KL3M, PATIENCE, expect, run_tests, selected, small_model, test, tmpdir
 
 PROMPTS = b"Governing Law.\nThe Tenant\n\n"
 SCHEMA = '{"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}}}'
@@ -67,7 +67,7 @@ def once(work, preload=None, **more):
     done = subprocess.run([str(KL3M), "-m", str(small_model()), "-j", "2",
                            *(names.get(arg, arg) for arg in args)], input=given, env=env,
                           cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          timeout=60)
+                          timeout=PATIENCE)
     out = folder / "out"
     data = out.read_bytes() if out.exists() else None
     left = sorted(set(os.listdir(folder)) - {"schema.json", "report", "out"})

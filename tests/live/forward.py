@@ -120,7 +120,7 @@ class Model:
     def logits(self, path, count):
         """What kl3m computes, mapped from its file."""
         out, width = tmpdir() / "logits", self.config["vocab_size"]
-        done = run_kl3m("-m", self.bin, "-f", path, "--logits", out, timeout=300)
+        done = run_kl3m("-m", self.bin, "-f", path, "--logits", out)
         expect((done.code, done.err, out.stat().st_size), (0, "", count * width * 4),
                "kl3m --logits")
         return torch.from_file(str(out), size=count * width, dtype=torch.float32).view(count, width)
@@ -173,7 +173,7 @@ class Model:
                 do_sample=False, max_new_tokens=count, use_cache=True)
         want = b"".join(map(token_text, out[0, len(ids):].tolist())) + b"\n"
         done = run_kl3m("-m", self.bin, "-f", path, "-n", count, "-t", 0, "--ignore-eos",
-                        "--no-echo", timeout=300)
+                        "--no-echo")
         expect((done.out, done.code), (want, 0), "greedy text")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # the modules of tests/
 
-from harness import expect, run_tests, selected, test
+from harness import PATIENCE, expect, run_tests, selected, test
 from test_export import ROTARY
 from test_hub import COMMIT, MAIN_FILES, MODEL, TOKEN, WEIGHTS, Case, FakeHub, clean, model_files
 
@@ -46,7 +46,7 @@ def library(code, environment, names=MAIN_FILES):
 
 
 def said(child):
-    out, err = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=PATIENCE)
     assert child.returncode == 0, err.decode()
     return json.loads(out)
 
@@ -129,7 +129,7 @@ def shared_downloads():
         time.sleep(0.5)   # so that the second comes to the lock
         go_on.set()
         for child in (first, second):
-            err = child.communicate(timeout=60)[1].decode()
+            err = child.communicate(timeout=PATIENCE)[1].decode()
             expect(child.returncode, 0, err)
         case.check_exported()
         expect(case.hub.sent[WEIGHTS], len(case.hub.files[WEIGHTS]),

@@ -24,8 +24,7 @@ from harness import expect, run_kl3m, run_tests, selected, test
 
 def token_scores(model, path, *options):
     """ids and log-probabilities of all tokens but the first."""
-    done = run_kl3m("-m", model.bin, "--score", "--json", "--logprobs", 0, "-f", path, *options,
-                    timeout=600)
+    done = run_kl3m("-m", model.bin, "--score", "--json", "--logprobs", 0, "-f", path, *options)
     expect((done.code, done.err), (0, ""))
     listed, = json.loads(done.text)["logprobs"]
     return listed["ids"], torch.tensor(listed["token_logprobs"], dtype=torch.float64)

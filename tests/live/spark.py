@@ -43,7 +43,7 @@ def recipe():
 
 def check(python, program, what):
     place = kitchen(lines([p[:60] for p in random_prompts(400, 7)] + ["The " * 500]), program)
-    done = run([python, "-c", recipe()], cwd=place, timeout=300,
+    done = run([python, "-c", recipe()], cwd=place,
                env={"PYSPARK_PYTHON": str(python)})
     expect(done.code, 0, done.err[-2000:])
     parts = sorted((place / "texts").glob("part-*"))

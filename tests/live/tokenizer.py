@@ -52,7 +52,7 @@ def compare(texts, plain_specials=False, place=None):
     options = ["--no-special"] if plain_specials else []
     for at in range(0, len(texts), 50000):
         part = texts[at:at + 50000]
-        got = tokenize(place.model, [text.encode() for text in part], *options, timeout=600)
+        got = tokenize(place.model, [text.encode() for text in part], *options)
         for text, ids, encoding in zip(part, got, reference.encode_batch_fast(part)):
             assert ids == encoding.ids, (
                 "%.200r is %.200r, in the library %.200r" % (text, ids, encoding.ids))
@@ -153,7 +153,7 @@ def decoded_ids():
     rng, size = random.Random(15), library().get_vocab_size()
     id_lists = ([[i] for i in range(size)]
                 + [[rng.randrange(size) for _ in range(20)] for _ in range(20000)])
-    got = detokenize(setting().model, id_lists, "-0", timeout=600)
+    got = detokenize(setting().model, id_lists, "-0")
     want = library().decode_batch(id_lists, skip_special_tokens=True)
     for ids, text, right in zip(id_lists, got, want):
         # The library has U+FFFD for bytes that are not UTF-8; the program has them as they are, and

@@ -135,6 +135,7 @@ enum { OK = 0, FAILED = 1, USAGE = 2, SOME_FAILED = 3 };   // and 128 + a signal
 static const char *volatile unfinished_file;   // removed if the program ends before it is whole
 static atomic_int interrupted;                 // the exit status a signal asked for, or 0
 static int stop_pipe[2] = { -1, -1 };          // readable once a signal has come, for poll
+static double waited;                          // for input, in seconds
 static const int stop_signals[] = { SIGINT, SIGTERM, SIGHUP };
 
 enum { STOP_SIGNALS = sizeof stop_signals / sizeof *stop_signals };
@@ -316,14 +317,24 @@ static void arena_reset(Arena *a, Mark mark) {
 static void arena_free(Arena *a) { arena_reset(a, (Mark){0}); }
 
 // Room for at least `need` bytes in a buffer that grows.
+enum { LEAST_ROOM = 256 };
+
 static void *grow(void *memory, size_t *room, size_t need) {
     if (need <= *room) return memory;
-    size_t more = need > SIZE_MAX / 4 ? 0 : *room ? *room : 256;
+    size_t more = need > SIZE_MAX / 4 ? 0 : *room ? *room : LEAST_ROOM;
     while (more && more < need) more *= 2;
     memory = more ? realloc(memory, more) : NULL;
     if (memory == NULL) die("out of memory: %zu bytes were asked for", need);
     *room = more;
     return memory;
+}
+
+// Room for one thing more than n of this size, in memory that came from here: what it has room for
+// follows from n.
+static void *grow_list(void *memory, int n, size_t size) {
+    size_t taken = (size_t)n * size, room = n > 0 ? LEAST_ROOM : 0;
+    while (room < taken) room *= 2;
+    return grow(memory, &room, taken + size);
 }
 
 __attribute__((format(printf, 1, 2)))
@@ -341,6 +352,9 @@ static double seconds(void) {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+
+// Of those the ones in which the program did not wait for input.
+static double busy_seconds(void) { return seconds() - waited; }
 
 static uint64_t system_random(void) {
     uint64_t number;
@@ -420,8 +434,10 @@ static void hold_standard_streams(void) {
 static bool wait_for_input(int fd, bool wait) {
     struct pollfd ready[2] = { { .fd = stop_pipe[0], .events = POLLIN },
                                { .fd = fd, .events = POLLIN } };
+    double start = seconds();
     while (poll(ready, 2, wait ? -1 : 0) < 0)
         if (errno != EINTR && errno != EAGAIN) die("cannot wait for input: %s", strerror(errno));
+    waited += seconds() - start;
     return !interrupted && ready[1].revents != 0;
 }
 
@@ -536,8 +552,7 @@ static void append_string(Bytes *b, const char *s) { append(b, s, strlen(s)); }
 typedef struct { Bytes *texts; int n; } Texts;
 
 static void add_text(Texts *t, Bytes text) {
-    size_t room = (size_t)t->n * sizeof text;
-    t->texts = grow(t->texts, &room, room + sizeof text);
+    t->texts = grow_list(t->texts, t->n, sizeof text);
     t->texts[t->n++] = text;
 }
 
@@ -729,6 +744,7 @@ static void append_number(Bytes *out, double x, Form form) {
 typedef struct {
     const char *start, *at, *end;
     const char *flaw;          // what should stand at `at`, or NULL
+    bool halves;               // of pairs of surrogates may stand alone, and say U+FFFD
 } Json;
 
 enum { MAX_DEPTH = 200 };
@@ -762,9 +778,9 @@ static bool json_escape(Json *j, char text[4], size_t *n, size_t *used) {
     }
     long unit = unicode_escape(j->at, left, used);
     if (unit < 0) return json_fail(j, "a valid escape was expected");
-    if (unit >= 0xD800 && unit < 0xE000)
-        return json_fail(j, "a whole pair of surrogates was expected");
-    *n = utf8_put(text, (uint32_t)unit);
+    bool half = unit >= 0xD800 && unit < 0xE000;
+    if (half && !j->halves) return json_fail(j, "a whole pair of surrogates was expected");
+    *n = utf8_put(text, half ? 0xFFFD : (uint32_t)unit);
     return true;
 }
 
@@ -794,11 +810,14 @@ static int json_digits(Json *j) {
 }
 
 static bool json_number(Json *j) {
+    const char *number = j->at;
     if (*j->at == '-') j->at++;
     const char *first = j->at;
     int digits = json_digits(j);
-    if (digits == 0 || (digits > 1 && *first == '0'))
+    if (digits == 0 || (digits > 1 && *first == '0')) {
+        j->at = number;
         return json_fail(j, "a value was expected");
+    }
     if (j->at < j->end && *j->at == '.') {
         j->at++;
         if (json_digits(j) == 0) return json_fail(j, "a digit was expected");
@@ -844,8 +863,11 @@ static char *json_found(const Json *j) {
     enum { SHOWN = 24 };
     size_t n = (size_t)(j->end - j->at);
     if (n == 0) return format_string("the end of the line");
-    if (n <= SHOWN) return format_string("%.*s", (int)n, j->at);
-    return format_string("%.*s...", SHOWN - (int)utf8_unfinished(j->at, SHOWN), j->at);
+    Bytes found = {0};
+    append_text(&found, j->at, n > SHOWN ? SHOWN - utf8_unfinished(j->at, SHOWN) : n,
+                BEFORE_A_NUL);
+    if (n > SHOWN) append_string(&found, "...");
+    return found.data;
 }
 
 // ---- 3. Model file ----
@@ -5209,6 +5231,7 @@ typedef struct {
     Item **due;                    // [n_due]: schemas that are still to be checked
     Item **one_ofs;                // [n_one_ofs]: whose alternatives must exclude each other
     int n_values, n_due, n_one_ofs, expansions;
+    bool rejected;                 // whatever keywords are left out
     uint64_t cells;                // of all tables
     Arena scratch;                 // for what is not kept
     const Value *value;            // of the whole text
@@ -5236,16 +5259,17 @@ static void add_reason(Texts *reasons, Item *at, const char *keyword, const char
 
 // The schema at `at` cannot be used, whatever is left out.
 static void reject(Schema *c, Item *at, const char *why) {
+    c->rejected = true;
     add_reason(&c->refusals, at ? at : c->root, "", why);
 }
 
-// A keyword's value is not supported, or not as it should be. With --schema-ignore it is left out,
-// and remembered.
+// A keyword's value is not supported, or not as it should be. It is left out, so that the reasons
+// that come after it are found too; with --schema-ignore that is no fault, and remembered.
 static void refuse(Schema *c, Item *keyword, const char *why) {
     bool ignored = false;
     for (int i = 0; c->ignored && i < c->ignored->n; i++)
         ignored |= strcmp(c->ignored->texts[i].data, keyword->name) == 0;
-    keyword->dropped |= ignored;
+    keyword->dropped = true;
     add_reason(ignored ? &c->unchecked : &c->refusals, keyword->parent, keyword->name, why);
 }
 
@@ -5373,8 +5397,7 @@ static int format_named(Item *item) {
 }
 
 static void check_later(Schema *c, Item *item) {
-    size_t room = (size_t)c->n_due * sizeof *c->due;
-    c->due = grow(c->due, &room, room + sizeof *c->due);
+    c->due = grow_list(c->due, c->n_due, sizeof *c->due);
     c->due[c->n_due++] = item;
 }
 
@@ -5570,7 +5593,7 @@ static void check_schemas(Schema *c) {
             for (size_t i = 0; i < sizeof keywords / sizeof *keywords; i++)
                 if (is_text(m->name, m->name_length, keywords[i].name))
                     check_value(c, m, keywords[i].rule);
-        if (c->refusals.n == 0 && has_cycle(c, item, 0))
+        if (!c->rejected && has_cycle(c, item, 0))
             reject(c, item, "it leads back to itself, and nothing is written on the way");
     }
 }
@@ -5627,8 +5650,7 @@ static Value *value_of(Schema *c, Entries e) {
     Value *v = take(&c->arena, sizeof *v);
     *v = (Value){ .entries = copy_entries(&c->arena, once), .inner = no_way, .whole = no_way,
                   .key = copy_entries(&c->arena, sorted) };
-    size_t room = (size_t)c->n_values * sizeof *c->values;
-    c->values = grow(c->values, &room, room + sizeof *c->values);
+    c->values = grow_list(c->values, c->n_values, sizeof *c->values);
     return c->values[c->n_values++] = v;
 }
 
@@ -5663,12 +5685,16 @@ static void append_quoted(Bytes *out, const char *s, size_t n) {
     append_string(out, "\"");
 }
 
+// "name":
+static void append_name(Bytes *out, const char *name, size_t n) {
+    append_quoted(out, name, n);
+    append_string(out, ":");
+}
+
 // A number as it is written: whole ones without a point.
-static void append_decimal(Bytes *out, Item *item) {
-    Decimal d;
+static void append_decimal(Bytes *out, Decimal d) {
     char digits[MOST_DIGITS + 1];
     int n = 0, point = 0;
-    decimal_of(item, &d);
     bool far = d.exponent > MOST_WHOLE || decimal_digits(d) + d.exponent < -5;
     int exponent = far ? d.exponent : 0;       // written as such
     d.exponent -= exponent;
@@ -5683,13 +5709,19 @@ static void append_decimal(Bytes *out, Item *item) {
     if (exponent) append_format(out, "e%d", exponent);
 }
 
+// A value without children, as it is written.
+static void append_scalar(Bytes *out, Item *item) {
+    Decimal d;
+    if (item->kind == IS_STRING) append_quoted(out, item->text, item->length);
+    else if (item->kind == IS_NUMBER && decimal_of(item, &d)) append_decimal(out, d);
+    else append(out, item->source, item->size);
+}
+
 // A word of a value, once.
 static void list_word(Schema *c, Value *v, Item *item) {
     Bytes text = {0};
     bool quoted = item->kind == IS_STRING;
-    if (quoted) append_quoted(&text, item->text, item->length);
-    else if (item->kind == IS_NUMBER) append_decimal(&text, item);
-    else append(&text, item->source, item->size);
+    append_scalar(&text, item);
     Word word = { .text = take_copy(&c->arena, text.data, text.size + 1),
                   .length = (uint32_t)text.size };
     append(&v->listed[quoted], &word, sizeof word);
@@ -6151,8 +6183,7 @@ static Word name_word(Schema *c, const Name *name) {
     static const char *const ends[] = { "", "\"" };
     Bytes text = {0};
     append_string(&text, "\",");
-    append_quoted(&text, name->text, name->n);
-    append_string(&text, ":");
+    append_name(&text, name->text, name->n);
     Word w = { .length = (uint32_t)text.size - 2, .required = name->required };
     w.text = (char *)take_copy(&c->arena, text.data, text.size + 1) + 2;
     for (int quote = 0; quote < 2; quote++) {
@@ -6418,8 +6449,7 @@ static bool all_only_required(Item *list) {
 static void note_one_of(Schema *c, Item *list) {
     if (list->noted || all_only_required(list)) return;
     list->noted = true;
-    size_t room = (size_t)c->n_one_ofs * sizeof *c->one_ofs;
-    c->one_ofs = grow(c->one_ofs, &room, room + sizeof *c->one_ofs);
+    c->one_ofs = grow_list(c->one_ofs, c->n_one_ofs, sizeof *c->one_ofs);
     c->one_ofs[c->n_one_ofs++] = list;
 }
 
@@ -6493,7 +6523,7 @@ static void expand(Schema *c, Value *v, Entries due, Entries flat) {
         if (e.kind == ONE_AMONG) {
             bool exclude = is_text(e.item->name, e.item->name_length, "oneOf") &&
                            all_only_required(e.item);
-            for (Item *s = e.item->first; s && c->refusals.n == 0; s = s->next) {
+            for (Item *s = e.item->first; s && !c->rejected; s = s->next) {
                 Mark mark = arena_mark(&c->scratch);
                 Entries its = with_entry(c, copy_entries(&c->scratch, due), s, SCHEMA);
                 for (Item *o = exclude ? e.item->first : NULL; o; o = o->next)
@@ -6639,7 +6669,7 @@ static void build_values(Schema *c) {
     while (built < c->n_values || proven < c->n_one_ofs) {
         if (built < c->n_values) build_value(c, c->values[built++]);
         else for (Item *s = c->one_ofs[proven++]->first; s; s = s->next) value_of_schema(c, s);
-        if (c->refusals.n) return;
+        if (c->rejected) return;
     }
     for (int i = 0; i < c->n_one_ofs; i++) {
         bool apart = true;
@@ -6688,7 +6718,7 @@ static Schema *schema_of_text(const Vocabulary *v, const Texts *ignored, const c
                               size_t n) {
     Schema *c = schema_new(v, ignored);
     const char *copy = take_copy(&c->arena, text, n);
-    Json j = { copy, copy, copy + n, NULL };
+    Json j = { .start = copy, .at = copy, .end = copy + n };
     bool sound = json_value(&j, 0);
     json_skip_space(&j);
     if (sound && j.at < j.end) json_fail(&j, "the end was expected");
@@ -6696,12 +6726,13 @@ static Schema *schema_of_text(const Vocabulary *v, const Texts *ignored, const c
         Bytes line = {0};
         append_format(&line, "it is no JSON: at byte %td %s", j.at - j.start, j.flaw);
         add_text(&c->refusals, line);
+        c->rejected = true;
         return c;
     }
     j.at = j.start;
     c->root = read_item(&c->arena, &j, NULL);
     check_schemas(c);
-    if (c->refusals.n) return c;
+    if (c->rejected) return c;
     c->value = value_of_schema(c, c->root);
     build_values(c);
     if (c->refusals.n) return c;
@@ -6721,6 +6752,7 @@ static Schema *schema_of_pattern(const Vocabulary *v, const char *pattern) {
         Bytes line = {0};
         append_string(&line, flaw);
         add_text(&c->refusals, line);
+        c->rejected = true;
         return c;
     }
     Value *value = value_of(c, (Entries){0});
@@ -7366,45 +7398,143 @@ static Judged judge_text(const Walk *w, const char *text, size_t n) {
     return j;
 }
 
-// Is the name of a member that stands at text[0 .. n) one that the schema names, or was it used?
-static bool is_declared(const Frame *f, const char *text, size_t n) {
-    for (int i = 0; i < f->n; i++) {
-        const Members *m = &f->at[i].atom->members;
-        for (const Word *w = m->words; w < m->words + m->n; w++)       // "name":
-            if (n > w->length && memcmp(text, w->text, w->length) == 0) return true;
-        for (const Used *u = f->at[i].used; u; u = u->before)
-            if (n > u->length + 1 && text[u->length + 1] == '"' &&
-                memcmp(text + 1, u->text, u->length) == 0) return true;
+// The state behind these bytes; NULL: they cannot follow.
+static const Frame *step_over(const Walk *w, const Frame *f, const Bytes *text) {
+    for (size_t i = 0; i < text->size && f; i++) f = step(w, f, (uint8_t)text->data[i]);
+    return f;
+}
+
+// A child of an item, and its place among those that are written; BEYOND: the schema names no such
+// member.
+typedef struct { Item *item; uint32_t place; } Placed;
+
+static int by_place(const void *a, const void *b) {
+    const Placed *x = a, *y = b;
+    if (x->place != y->place) return x->place < y->place ? -1 : 1;
+    return x->item->index - y->item->index;
+}
+
+// The children of an item that was opened in f, in the order in which they would be written.
+static Placed *placed_children(const Walk *w, const Frame *f, Item *item) {
+    Placed *all = take(w->arena, (size_t)item->n * sizeof *all);
+    for (Item *i = item->first; i; i = i->next) {
+        Placed *its = &all[i->index];
+        *its = (Placed){ i, item->kind == IS_LIST ? 0 : BEYOND };
+        if (item->kind == IS_LIST) continue;
+        Bytes name = {0};
+        append_name(&name, i->name, i->name_length);
+        Word word = { .text = name.data, .length = (uint32_t)name.size };
+        for (int k = 0; k < f->n && its->place == BEYOND; k++) {
+            const Word *found = member_word(&f->at[k].atom->members, &word);
+            if (found) its->place = found->number;
+        }
+        free(name.data);
     }
-    return false;
+    if (item->n) qsort(all, (size_t)item->n, sizeof *all, by_place);
+    return all;
 }
 
-// Does a fraction of zeros stand at text[0 .. n)?
-static bool is_no_fraction(const char *text, size_t n) {
-    size_t digits = 1;
-    while (digits < n && text[digits] == '0') digits++;
-    return digits > 1 && (digits == n || !isdigit((unsigned char)text[digits]));
+// May an object that was opened in f have members that its schema does not name, though we write
+// none?
+static bool only_we_close(const Frame *f) {
+    bool open = true;
+    for (int i = 0; i < f->n; i++)
+        open &= !f->at[i].atom->members.free && !f->at[i].atom->members.closed;
+    return open;
 }
 
-// The decision of ours by which a text is refused that JSON Schema might accept; NULL: none is
-// known.
-static const char *decision(const Judged *j, const char *text, size_t n) {
-    const Frame *f = j->frame;
-    Phase phase = f->n ? f->at[0].phase : OPENING;
+// The state behind a value without children if it were written as we write, a number with no more
+// digits than we give it.
+static const Frame *step_scalar(const Walk *w, const Frame *f, Item *item) {
+    Bytes text = {0};
+    Decimal d;
+    append_scalar(&text, item);
+    const Frame *next = step_over(w, f, &text);
+    if (next == NULL && item->kind == IS_NUMBER && decimal_of(item, &d)) {
+        int whole = whole_digits(d) ? whole_digits(d) : 1;
+        while (d.exponent < 0 && whole + fraction_digits(d) > USUAL_DIGITS)
+            d.digits /= 10, d.exponent++;
+        text.size = 0;
+        append_decimal(&text, d);
+        next = step_over(w, f, &text);
+    }
+    free(text.data);
+    return next;
+}
+
+// The state behind a value if it were written as we write, members in the order of the schema and
+// without those that only we leave out; NULL: it does not fit.
+static const Frame *step_item(const Walk *w, const Frame *f, Item *item) {
+    Bytes text = {0};
+    bool object = item->kind == IS_OBJECT;
+    if (!object && item->kind != IS_LIST) return step_scalar(w, f, item);
+    f = step(w, f, object ? '{' : '[');
+    if (f == NULL) return NULL;
+    Placed *children = placed_children(w, f, item);
+    bool open = object && only_we_close(f);
+    for (int i = 0; i < item->n && f; i++) {
+        Item *child = children[i].item;
+        if (children[i].place == BEYOND && open) continue;
+        if (object) append_name(&text, child->name, child->name_length);
+        f = step_over(w, f, &text);
+        if (f) f = step_item(w, f, child);
+        text.size = 0;
+        append_string(&text, ",");
+    }
+    free(text.data);
+    return f ? step(w, f, object ? '}' : ']') : NULL;
+}
+
+// Does the text, which is JSON, fit its schema when it is written as we write?
+static bool fits_as_written(const Walk *w, const char *text, size_t n) {
+    Json j = { .start = text, .at = text, .end = text + n };
+    bool sound = json_value(&j, 0);
+    json_skip_space(&j);
+    if (w->schema->root == NULL || !sound || j.at < j.end) return false;
+    j.at = j.start;
+    const Frame *f = step_item(w, opening_frame(w), read_item(w->arena, &j, NULL));
+    return f && may_end(f);
+}
+
+// Does text[at], of a JSON text of n bytes, stand in a string? And in an escape there?
+static bool in_string(const char *text, size_t n, size_t at, bool *escaped) {
+    bool inside = false;
+    for (size_t i = 0; i <= at && i < n; i++) {
+        if (inside && text[i] == '\\') {
+            i += text[i + 1] == 'u' ? 5 : 1;
+            *escaped = i >= at;
+        } else if (text[i] == '"' && i < at) inside = !inside;
+    }
+    return inside;
+}
+
+// Does a number stand before text[at]?
+static bool behind_number(const char *text, size_t at) {
+    size_t first = at;
+    while (first > 0 && strchr("0123456789.eE+-", text[first - 1])) first--;
+    return first < at && strchr("0123456789-", text[first]);
+}
+
+// The decision of ours by which a text is refused that fits its schema; NULL: none is known.
+static const char *decision(const Walk *w, const Judged *j, const char *text, size_t n) {
+    if (!fits_as_written(w, text, n)) return NULL;
+    bool escaped = false, inside = in_string(text, n, j->at, &escaped);
     char c = j->at < n ? text[j->at] : 0;
-    if (c && strchr(" \t\r", c) && phase != IN_STRING)
-        return "white space is not written";
-    bool whole = phase == IN_NUMBER && f->at[0].atom->numbers.scale == 0;
-    if (whole && (c == 'e' || c == 'E' || (c == '.' && is_no_fraction(text + j->at, n - j->at))))
-        return "an integer is written without a fraction and an exponent";
-    if (phase == IN_STRING && (c == 'u' || c == '/') && j->at && text[j->at - 1] == '\\')
-        return "a character is written as itself, where it need not be escaped";
-    bool naming = phase == IN_NAME || phase == IN_FREE_NAME;
-    if (!naming || j->object == NULL || text[j->name_at] != '"') return NULL;
-    if (is_declared(j->object, text + j->name_at, n - j->name_at))
-        return "members come in the order of the schema, each once";
-    const Members *m = &f->at[0].atom->members;
-    return m->free || m->closed ? NULL : "members that the schema does not name are not written";
+    if (!inside && c && strchr(" \t\r", c)) return "white space is not written";
+    if (escaped) return "a character is written as itself, or with its shortest escape";
+    if (!inside && behind_number(text, j->at))
+        return "a number is written in its shortest form, with at most 15 digits, an integer "
+               "without fraction and exponent";
+    const Frame *f = j->object;
+    bool named = false;
+    for (int i = 0; f && i < f->n; i++) {
+        const Members *m = &f->at[i].atom->members;
+        for (const Word *word = m->words; word < m->words + m->n; word++)      // "name":
+            named |= n - j->name_at > word->length &&
+                     memcmp(text + j->name_at, word->text, word->length) == 0;
+    }
+    return named ? "members come in the order of the schema"
+                 : "members that the schema does not name are not written";
 }
 
 // "ok", or where and why a text does not fit. False: it does not.
@@ -7431,7 +7561,7 @@ static bool append_verdict(Bytes *out, const Schema *c, const char *text, size_t
         if (length < n - j.at) length -= utf8_unfinished(text + j.at, length);
         if (j.at < n) append_text(out, text + j.at, length ? length : 1, IN_JSON);
         else append_string(out, "the end");
-        const char *ours = decision(&j, text, n);
+        const char *ours = decision(&w, &j, text, n);
         if (ours) append_format(out, " (a decision of kl3m: %s)", ours);
         free(list.data);
     }
@@ -7805,7 +7935,7 @@ typedef struct {
     long returns;              // continuations of each prompt
     long batch, rows;          // most sequences in work, most rows in a pass; 0: what pays off
     long kv_memory;            // bytes for keys and values
-    bool kv_memory_cut;        // more were asked for than the machine has
+    long most_kv_memory;       // that may be asked for on this machine
     bool ignore_eos;
     bool every_position;       // the logits of each position of the prompts, and no new tokens
     bool scores;               // the continuations are known: how likely are they?
@@ -8130,7 +8260,7 @@ typedef struct {
     long requests, passes, rows, tokens;
     long draws, decoded, guesses;      // continuations summed up over the passes, tokens that they
                                        // drew there, guesses
-    double first_token;                // when it was drawn, in seconds()
+    double first_token;                // when it was drawn, in busy_seconds()
 } Figures;
 
 enum {
@@ -8242,7 +8372,7 @@ static void check_draw(const Scheduler *s, const Draw *d) {
 // Draws for the first n of s->draws at once, and goes on with those that are not decided.
 static void draw_all(Scheduler *s, int n) {
     parallel(n, draw_piece, &(DrawJob){ s, s->draws });
-    if (n > 0 && s->figures.tokens == 0) s->figures.first_token = seconds();
+    if (n > 0 && s->figures.tokens == 0) s->figures.first_token = busy_seconds();
     for (Draw *d = s->draws; d < s->draws + n; d++) {
         Continuation *c = d->continuation;
         for (int i = 0; i < d->drawn && c->reason == UNDECIDED; i++) {
@@ -8833,8 +8963,7 @@ static Schema *find_schema(Shelf *shelf, const Settings *s, const Bytes *text) {
         free(oldest->text.data);
         schema_free(oldest->schema);
     } else {
-        size_t room = (size_t)shelf->n * sizeof *shelf->at;
-        shelf->at = grow(shelf->at, &room, room + sizeof *shelf->at);
+        shelf->at = grow_list(shelf->at, shelf->n, sizeof *shelf->at);
         oldest = &shelf->at[shelf->n++];
     }
     *oldest = (ShelvedSchema){ .used = ++shelf->uses };
@@ -8917,7 +9046,8 @@ static bool is_ours(const Settings *s, const Bytes *name) {
     return false;
 }
 
-// The value of "continuation": a string, or a list of them. False: it is something else.
+// The value of "continuation": a string, or a list of them. False: it is something else, or a
+// string has half a pair of surrogates.
 static bool json_continuations(Json *j, Prompt *p) {
     free_texts(&p->continuations);             // the last member of this name counts
     p->continued = true;
@@ -8927,8 +9057,7 @@ static bool json_continuations(Json *j, Prompt *p) {
         json_skip_space(j);
         Bytes text = {0};
         append(&text, "", 0);
-        if (*j->at != '"') return free(text.data), false;
-        json_string(j, &text);
+        if (*j->at != '"' || !json_string(j, &text)) return free(text.data), false;
         add_text(&p->continuations, text);
     } while (list && json_take(j, ','));
     return !list || json_take(j, ']');
@@ -8957,10 +9086,12 @@ static void json_member(Json *j, const Settings *s, Prompt *p, const char **faul
         p->text.size = 0;
         j->flaw = *j->at == '"' ? NULL : "the prompt must be a string";
     }
-    if (is_continuation) p->wrong = !json_continuations(j, p), *continuation = value;
+    Json strict = { .start = j->start, .at = value, .end = j->end };
+    if (is_continuation) p->wrong = !json_continuations(&strict, p), *continuation = value;
+    if (is_prompt && *value == '"' && !json_string(&strict, &p->text))
+        j->flaw = strict.flaw, *fault = strict.at;
     j->at = value;
-    if (is_prompt && *j->at == '"') json_string(j, &p->text);
-    else json_value(j, 0);
+    json_value(j, 0);
     if (is_schema) {
         p->schema.size = 0;
         append(&p->schema, value, (size_t)(j->at - value));
@@ -8973,6 +9104,7 @@ static void json_member(Json *j, const Settings *s, Prompt *p, const char **faul
 // An object with a "prompt" that is a string. The last of equal names counts. Sound JSON keeps its
 // other members, whatever is wrong with its prompt.
 static bool json_record(Json *j, const Settings *s, Prompt *p) {
+    j->halves = true;                          // in members that are passed through
     if (!json_value(j, -1)) return false;
     json_skip_space(j);
     if (j->at < j->end) return json_fail(j, "the end of the line was expected");
@@ -8983,7 +9115,9 @@ static bool json_record(Json *j, const Settings *s, Prompt *p) {
     for (bool more = !json_take(j, '}'); more; more = json_take(j, ','))
         json_member(j, s, p, &fault, &continuation);
     p->wrong &= j->flaw == NULL;               // the prompt comes first
-    if (p->wrong) j->flaw = "a string or a list of strings was expected", fault = continuation;
+    if (p->wrong)
+        j->flaw = "a string or a list of strings, of whole characters, was expected",
+        fault = continuation;
     if (j->flaw) j->at = fault;
     return j->flaw == NULL;
 }
@@ -9026,10 +9160,12 @@ static char *memory_refusal(const Request *r, const Model *m, const Settings *s)
     bool draws = !s->scores && !s->every_position;
     const char *what = draws ? "prompt and its new tokens need"
                      : s->scores ? "text needs" : "prompt needs";
-    return format_string("the %s %.1f MB of keys and values, %s allows %.1f; %sa %s does", what,
-                         need * 1e-6, s->kv_memory_cut ? "the memory here" : "--kv-memory",
-                         (double)s->kv_memory * 1e-6, draws ? "a smaller -n or " : "",
-                         s->kv_memory_cut ? "machine with more memory" : "larger --kv-memory");
+    bool larger = need <= (double)s->most_kv_memory;
+    return format_string("the %s %.1f MB of keys and values, %s allows %.1f; %s%s does", what,
+                         need * 1e-6, larger ? "--kv-memory" : "the memory here",
+                         (double)(larger ? s->kv_memory : s->most_kv_memory) * 1e-6,
+                         draws ? "a smaller -n or " : "",
+                         larger ? "a larger --kv-memory" : "more memory");
 }
 
 // The ids that the model is given for a request's prompt: cut as --truncate says, <|start|> for an
@@ -9052,9 +9188,10 @@ static void give_tokens(Request *r, Model *m, const PromptRules *rules, const Se
     int room = m->c.context - r->n;
     r->limit = rules->new_tokens < room ? (int)rules->new_tokens : room;
     if (r->schema && (uint32_t)r->limit < r->schema->least_tokens)
-        r->error = format_string("the schema needs at least %u new tokens, and %d may be drawn "
+        r->error = format_string("the %s needs at least %u new tokens, and %d may be drawn "
                                  "(-n, and what the prompt leaves of the context); a larger -n or "
-                                 "a shorter prompt does", r->schema->least_tokens, r->limit);
+                                 "a shorter prompt does", s->pattern ? "pattern" : "schema",
+                                 r->schema->least_tokens, r->limit);
     else r->error = memory_refusal(r, m, s);
 }
 
@@ -9183,7 +9320,7 @@ static Request *read_request(Prompts *all, Model *m, const PromptRules *rules, c
     if (got < 1) return NULL;
     Request *r;
     Bytes given = p.text;
-    Json record = { given.data, given.data, given.data + given.size, NULL };
+    Json record = { .start = given.data, .at = given.data, .end = given.data + given.size };
     if (all->source->jsonl) {
         p.text = (Bytes){0};
         append(&p.text, "", 0);
@@ -9706,7 +9843,7 @@ static Progress progress_of(const Options *o) {
     return p;
 }
 
-// -v's figures of a run that began and ended then.
+// -v's figures of a run that began and ended then, in busy_seconds().
 static void show_figures(const Scheduler *s, double start, double end) {
     const Figures *f = &s->figures;
     message("%ld passes, %ld rows, %ld %s tokens in %.3f s, %.1f tokens/s, %s, %d threads",
@@ -9761,11 +9898,11 @@ static int run_all(Generation *g, Shape shape, const Kernels *kernels) {
     }
     open_run(g, shape, kernels, used, next_generation);
     if (!o->quiet) show_legend(&g->results);
-    double start = seconds();
+    double start = busy_seconds();
     schedule(&g->scheduler);
     hide_progress(&g->results.progress);
     if (interrupted) show_interrupted(&g->results, g->scheduler.first);
-    if (o->verbose) show_figures(&g->scheduler, start, seconds());
+    if (o->verbose) show_figures(&g->scheduler, start, busy_seconds());
     scheduler_close(&g->scheduler);
     if (used) guesses_close(used);
     prompts_close(&g->prompts);
@@ -9786,10 +9923,10 @@ static Schema *schema_for(const Options *o, const Model *m, const Vocabulary *v,
     const char *name = o->schema ? o->schema : "--regex";
     for (int i = 0; i < schema->refusals.n; i++)
         message("%s: %s", name, schema->refusals.texts[i].data);
-    if (schema->refusals.n && o->schema)
+    if (schema->refusals.n && !schema->rejected)
         usage_error("%s is refused; --schema-ignore WORD leaves a keyword out, by the name it has "
                     "above", name);
-    if (schema->refusals.n) usage_error("the pattern is refused");
+    if (schema->refusals.n) usage_error("%s is refused", name);
     if (schema->least_tokens >= (uint32_t)m->c.context)
         usage_error("%s needs at least %u new tokens, the context of %d holds %d behind a prompt",
                     name, schema->least_tokens, m->c.context, m->c.context - 1);
@@ -9968,13 +10105,13 @@ static int converse(const Options *o, Model *m, const Kernels *kernels) {
     if (!o->quiet)
         message("continues legal text: a line is a prompt, an empty one goes on with the last "
                 "text; Ctrl-C ends a text, Ctrl-D the program, kl3m --help lists the options");
-    double start = seconds();
+    double start = busy_seconds();
     while (!interrupted && read_line(&g)) {
         g.scheduler.ended = false;
         if (g.line) schedule(&g.scheduler);
         if (interrupted == 128 + SIGINT) end_text(&g, kernels, used);
     }
-    if (o->verbose) show_figures(&g.scheduler, start, seconds());
+    if (o->verbose) show_figures(&g.scheduler, start, busy_seconds());
     scheduler_close(&g.scheduler);
     if (used) guesses_close(used);
     prompts_close(&g.prompts);
@@ -10872,8 +11009,8 @@ static Title title_of(const Option *o) {
 static void parse_number(const Option *o, const char *text) {
     char range[96], *end;
     if (o->most == INFINITY)
-        snprintf(range, sizeof range, "a number %s %.0f", o->above ? "above" : "of at least",
-                 o->least);
+        snprintf(range, sizeof range, "a finite number %s %.0f",
+                 o->above ? "above" : "of at least", o->least);
     else snprintf(range, sizeof range, "%s from %.0f to %.0f",
                   o->kind == WHOLE ? "a whole number" : "a number", o->least, o->most);
     const char *allowed = o->kind == WHOLE ? "-0123456789" : "+-.0123456789eE";
@@ -10896,7 +11033,8 @@ static void parse_size(const Option *o, const char *text) {
     if (*end && end[1] == 0) unit = strchr(units, toupper((unsigned char)*end));
     if (unit) value = ldexp(value, 10 * (int)(unit - units + 1));
     if (!plain || (*end && !unit) || !(value >= o->least && value <= o->most))
-        usage_error("%s: '%s' is not a size, as 512M or 2G", title_of(o).text, text);
+        usage_error("%s: '%s' is not a size from 1 byte to 2^60, as 512M or 2G", title_of(o).text,
+                    text);
     *(long *)o->address = (long)value;
 }
 
@@ -11011,15 +11149,17 @@ static int parse_letters(int argc, char **argv, int i) {
 }
 
 static void check_needs(const Option *o) {
-    const Option *needed = NULL;
+    Bytes needed = {0};
+    bool met = o->needs == NULL;
     for (const char *name = o->needs; name && *name; name += *name == ' ') {
         size_t n = strcspn(name, " ");
         const Option *other = find_option(0, name, n);
-        if (given[other - option_table]) return;
-        if (needed == NULL) needed = other;
+        met |= given[other - option_table];
+        append_format(&needed, "%s%s", needed.size ? " or " : "", title_of(other).text);
         name += n;
     }
-    if (needed) usage_error("%s goes with %s", title_of(o).text, title_of(needed).text);
+    if (!met) usage_error("%s goes with %s", title_of(o).text, needed.data);
+    free(needed.data);
 }
 
 // The table's rules of what goes with what, and one command at a time.
@@ -11268,9 +11408,12 @@ static int threads_wanted(void) {
 // since a cgroup that is full ends the program without a word.
 static void limit_kv_memory(Settings *s) {
     double memory = usable_memory();
-    s->kv_memory_cut = (double)s->kv_memory > memory / 4 * 3;
+    s->most_kv_memory = (long)(memory / 4 * 3);
     if (s->kv_memory == 0) s->kv_memory = (long)(memory / 4);
-    if (s->kv_memory_cut) s->kv_memory = (long)(memory / 4 * 3);
+    if (s->kv_memory <= s->most_kv_memory) return;
+    s->kv_memory = s->most_kv_memory;
+    if (options.verbose)
+        message("--kv-memory: %.1f MB, three quarters of the memory", (double)s->kv_memory * 1e-6);
 }
 
 static int carry_out(const char *name) {

@@ -137,6 +137,10 @@ def faults_of_the_command_line():
         done = run_kl3m(option)
         check_error(done, 2)
         assert says(done.err, option), "%s without a value: %s" % (option, done.err)
+    for args, words in ((["-o", "x"], "-o, --out goes with --learn or --quantize"),
+                        (["--check"], "--check goes with --schema or --regex"),
+                        (["-t", "inf"], "'inf' is not a finite number of at least 0")):
+        check_error(run_kl3m(*args), 2, words)
     for args in (["-p", "a", "-p", "b"], ["-p", "a", "--prompt=a"], ["-pa", "-f", "x"],
                  ["-f", "x", "-f", "x"], ["--file=x", "--prompt", "a"], ["-p", "", "-p", ""],
                  ["-f", "-", "-p", ""]):

@@ -8,7 +8,7 @@ import shutil
 import struct
 import subprocess
 
-from harness import KL3M, ROOT, Skip, expect, run, run_kl3m, small_model, test, tmpdir
+from harness import KL3M, PATIENCE, ROOT, Skip, expect, run, run_kl3m, small_model, test, tmpdir
 from test_cli import File
 from test_forward import kinds
 from test_unit import unit
@@ -82,7 +82,7 @@ def compile_program(compiler, *flags, out=None):
     out = tmpdir() / "kl3m"
     env = {"MAKEFLAGS": None, "MFLAGS": None, "MAKELEVEL": None}
     return run(["make", "-s", "-B", "CC=" + compiler, "CFLAGS=" + " ".join(flags), "OUT=%s" % out],
-               env=env, cwd=ROOT, timeout=200), out
+               env=env, cwd=ROOT), out
 
 
 @test("flags that change floating-point numbers are refused when it is compiled or when it starts, "
@@ -114,8 +114,9 @@ def flags_that_change_numbers():
 @test("threads have room for what an unoptimized build keeps on the stack")
 def threads_have_room():
     # musl gives a thread 128 KB, and so does the C library here if that is the limit.
-    done = subprocess.run([str(unit()), "stack"], timeout=60, preexec_fn=lambda: resource.setrlimit(
-        resource.RLIMIT_STACK, (128 << 10, resource.RLIM_INFINITY)))
+    done = subprocess.run([str(unit()), "stack"], timeout=PATIENCE,
+                          preexec_fn=lambda: resource.setrlimit(
+                              resource.RLIMIT_STACK, (128 << 10, resource.RLIM_INFINITY)))
     expect(done.returncode, 0)
 
 
@@ -139,9 +140,10 @@ def changed_in_place():
             model.write(fill * (size - 64))
         try:
             out, err = child.communicate(PROMPT.encode()
-                                         + b" and any other words than those before\n", timeout=20)
+                                         + b" and any other words than those before\n",
+                                         timeout=PATIENCE)
         except BrokenPipeError:
-            out, err = child.communicate(timeout=20)
+            out, err = child.communicate(timeout=PATIENCE)
         expect(child.returncode, 1, err)
         assert b"changed" in err and err.count(b"\n") == 1, err
 
@@ -182,6 +184,7 @@ def limits_of_cgroups():
         done = in_namespace(bind.replace("/proc/self", "/proc/$$"), KL3M, "-m", small_model(), "-p",
                             "x", "-n2", "-v", *more)
         expect(done.code, 0, done.err)
+        expect("--kv-memory: 75.0 MB, three quarters of the memory" in done.err, "9G" in more)
         return (float(re.search(r"of ([\d.]+) MB for keys and values", done.err).group(1)),
                 int(re.search(r"(\d+) threads", done.err).group(1)))
     limit, quarter, cpus = "100000000\n", 25.0, len(os.sched_getaffinity(0))

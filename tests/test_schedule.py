@@ -7,8 +7,9 @@ import random
 import re
 import subprocess
 import threading
+import time
 
-from harness import KL3M, Skip, expect, run_kl3m, small_model, test, tmpdir
+from harness import KL3M, PATIENCE, Skip, expect, run_kl3m, small_model, test, tmpdir
 from models import LEGAL_TEXT
 from test_unit import run_unit
 
@@ -188,7 +189,7 @@ def slow_writer():
     shell = ("yes 'The State' | '%s' -m '%s' -n 2 -s 1 | head -n 500 | sort | uniq -c"
              % (KL3M, model()))
     done = subprocess.run(["sh", "-c", shell], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=60)
+                          stderr=subprocess.PIPE, timeout=PATIENCE)
     expect((done.stdout.split()[0], done.stdout.count(b"\n"), done.stderr), (b"500", 1, b""))
 
 
@@ -280,6 +281,13 @@ def jsonl_members():
     raw = run_kl3m("-m", model(), "-s", 1, "-n", 5, "--jsonl",
                    input=b'{"n": 1.50e0, "prompt": "The State"}').out
     assert raw.startswith(b'{"n": 1.50e0, "prompt": "The State", '), raw
+    # Half a pair of surrogates is JSON: Python writes it for a file's name that is not UTF-8.
+    half = b'"file\\udcff": "a\\udcff.txt", '
+    raw = run_kl3m("-m", model(), "-s", 1, "-n", 5, "--jsonl",
+                   input=b'{%b"prompt": "The State"}\n{%b"prompt": "\\udcff"}' % (half, half))
+    expect((raw.code, raw.out.count(half)), (3, 2), raw.out)
+    fault = json.loads(raw.out.split(b"\n")[1])["error"]
+    assert "at byte 41 a whole pair of surrogates was expected; found \\udcff" in fault, fault
     # What a prompt says is taken as it is: no escapes are decoded in it a second time.
     (one,), _ = jsonl({"prompt": "a\\n\n\u00e9\x00"})
     expect(one["prompt"], "a\\n\n\u00e9\x00")
@@ -306,6 +314,8 @@ def broken_jsonl():
         expect(sorted(out[2 * i]), ["error", "prompt"], bad)
         expect(out[2 * i]["prompt"], None, bad)
         assert "line %d:" % (2 * i + 1) in err, err
+        if b"01}" in bad:
+            assert "at byte 21 a value was expected; found 01}" in out[2 * i]["error"], out[2 * i]
         expect(out[2 * i + 1]["prompt"], "The State", bad)
     # Any line with a byte changed is taken when Python takes it (but for NaN and lone surrogates),
     # and refused else.
@@ -344,4 +354,16 @@ def sizes_of_memory():
                  "99999999999G", "1.2.3M"):
         done = run_kl3m("-m", model(), "--kv-memory", size, "-p", "x")
         expect((done.code, done.out), (2, b""), size)
-        assert "--kv-memory" in done.err, done.err
+        assert "--kv-memory: '%s' is not a size from 1 byte" % size in done.err, done.err
+
+
+@test("-v's figures leave out what was waited for: prompts that are not there yet")
+def waiting():
+    child = subprocess.Popen([str(KL3M), "-m", str(model()), "-n", "4", "-s", "1", "-v"],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    late = 3.0
+    time.sleep(late)
+    err = child.communicate(b"The State\n", timeout=PATIENCE)[1].decode()
+    first = float(re.search(r"first token after ([\d.]+) s", err).group(1))
+    took = float(re.search(r"new tokens in ([\d.]+) s", err).group(1))
+    assert first <= took < late, err

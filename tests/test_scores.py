@@ -10,8 +10,8 @@ import signal
 import subprocess
 import time
 
-from harness import (KL3M, Skip, expect, run_kl3m, small_directory, small_model, test, tiny_model,
-                     tmpdir)
+from harness import (KL3M, PATIENCE, Skip, expect, run_kl3m, small_directory, small_model, test,
+                     tiny_model, tmpdir)
 from models import LEGAL_TEXT, SPECIAL
 from naive import Naive
 from test_cli import File
@@ -219,7 +219,7 @@ def faulty_continuations():
     for i, one in enumerate(found[:len(wrong)]):
         expect((one["n"], one["prompt"]), (i, "This"))
         assert "no continuation in JSON: at byte " in one["error"], one
-        assert "a string or a list of strings was expected" in one["error"], one
+        assert "a list of strings, of whole characters, was expected" in one["error"], one
     assert "the prompt must be a string" in found[-2]["error"]
     expect(found[-1]["tokens"], [len(tokens(small_model(), "State"))])
     expect(done.err.count("\n"), len(wrong) + 1)
@@ -544,7 +544,7 @@ def interrupted():
     first = child.stdout.readline()
     time.sleep(0.2)
     child.send_signal(signal.SIGINT)
-    out, _ = child.communicate(timeout=20)
+    out, _ = child.communicate(timeout=PATIENCE)
     expect(child.returncode, 130)
     expect((first + out).decode(), score(input=b"The State\nThe Agreement\n"))
     lease = "-p", (TEXT * 40).replace("\n", " "), "--stride", "1"
@@ -552,7 +552,7 @@ def interrupted():
                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     begun = child.stdout.read(200)
     child.send_signal(signal.SIGINT)
-    rest, _ = child.communicate(timeout=20)
+    rest, _ = child.communicate(timeout=PATIENCE)
     expect(child.returncode, 130)
     assert (begun + rest).endswith(b"\n")
 
@@ -570,7 +570,7 @@ def interrupted_in_windows():
         child.stdin.flush()
         time.sleep(delay)
         child.send_signal(signal.SIGINT)
-        out, _ = child.communicate(timeout=20)
+        out, _ = child.communicate(timeout=PATIENCE)
         for number, line in enumerate(out.decode().splitlines()):
             if line and number:
                 expect(line, want[number], "line %d after %g s" % (number, delay))

@@ -10,6 +10,7 @@ import sys
 sys.dont_write_bytecode = True
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -96,6 +97,45 @@ def hold(schema, path, texts):
     done = run_kl3m("-m", model(), "--check", "--schema", path, input="\n".join(texts).encode())
     expect(set(done.text.splitlines()), {"ok"}, (schema, texts, done.text))
 
+def otherwise(rng, value, change, as_float):
+    """The value, its members in any order, whole numbers perhaps as 1.0; or, at one chance in
+    `change` at each place, another value."""
+    if change and rng.randrange(change) == 0:
+        return rng.choice([None, 7, -0.5, "a", "", [], {}, [value], {"a": value}])
+    if isinstance(value, list):
+        return [otherwise(rng, item, change, as_float) for item in value]
+    if isinstance(value, dict):
+        members = [(name, otherwise(rng, item, change, as_float))
+                   for name, item in value.items()]
+        rng.shuffle(members)
+        if change and members and rng.randrange(change) == 0:
+            members.pop()
+        return dict(members + [("not declared", 1)] * (rng.randrange(8) == 0))
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e15
+    return float(value) if as_float and whole and rng.random() < 0.3 else value
+
+
+verdicts = {"a decision": 0, "none known": 0}     # on what is valid and refused
+
+
+def judge_others(schema, path, texts):
+    """The same values written otherwise, and others: a decision of kl3m is named for none that is
+    not valid."""
+    check, rng, lines = validator(schema), random.Random(len(texts[0])), []
+    as_float = not isinstance(check, jsonschema.Draft4Validator)    # there 1.0 is no integer
+    for value in map(json.loads, texts):
+        for change in (0, 0, 3, 9):
+            other = otherwise(rng, value, change, as_float)
+            forms = {"separators": (",", ":")} if rng.random() < 0.5 else {}
+            lines.append((other, json.dumps(other, ensure_ascii=rng.random() < 0.5, **forms)))
+    done = run_kl3m("-m", model(), "--check", "--schema", path,
+                    input="\n".join(text for _, text in lines).encode())
+    for (value, text), verdict in zip(lines, done.text.splitlines()):
+        valid, ours = check.is_valid(value), "(a decision of kl3m: " in verdict
+        assert valid or not (ours or verdict == "ok"), (path.read_text(), text, verdict)
+        if valid and verdict != "ok":
+            verdicts["a decision" if ours else "none known"] += 1
+
 
 @test("texts under the shared schemas fit, at several seeds, temperatures and limits from the least on")
 def shared():
@@ -110,7 +150,9 @@ def shared():
             continue
         compiled += 1
         for seed, (more, t) in enumerate([(0, 0), (0, 1), (1, 0.3), (5, 2), (40, 1), (200, 0.3)]):
-            hold(schema, path, made(path, n + more, "-t", t, "-k", 0, "-s", seed))
+            texts = made(path, n + more, "-t", t, "-k", 0, "-s", seed)
+            hold(schema, path, texts)
+        judge_others(schema, path, texts)
     print("     %d schemas" % compiled)
     assert compiled >= 78, compiled
 
@@ -174,11 +216,14 @@ def random_schemas():
         if n is None:
             return
         for more in (0, 3, 30):
-            hold(schema, path, made(path, n + more, "-t", 2, "-k", 0, "-s", seed + more))
+            texts = made(path, n + more, "-t", 2, "-k", 0, "-s", seed + more)
+            hold(schema, path, texts)
+        judge_others(schema, path, texts)
 
     one()
     compiled = sum(n is not None for n in tried)
     print("     %d schemas, %d compiled" % (len(tried), compiled))
+    print("     refused for its form: %s" % verdicts)
     assert compiled > 0.5 * len(tried), (compiled, len(tried))
 
 

@@ -920,6 +920,8 @@ def build_tries(added):
             if child == len(node_token):
                 node_token.append(NOBODY)
             node = child
+        expect_part(node_token[node] == NOBODY, f"added token {show(token.content)}",
+                    [node_token[node], token.id], "one id, since NFC makes their texts the same")
         node_token[node] = token.id
     return edges, node_token
 

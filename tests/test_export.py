@@ -986,6 +986,11 @@ def refused_tokenizers():
     def no_byte(source):
         vocab = source.tokenizer["model"]["vocab"]
         vocab["\u0120\u0120\u0120"] = vocab.pop("\u0100")   # byte 0
+
+    def same_under_nfc(source):
+        source.tokenizer["normalizer"] = nfc
+        for number, content in enumerate(("caf\u00e9", "cafe\u0301"), TOKENS):
+            more(content=content, id=number)(source)
     nfc = {"type": "NFC"}
     split = {"type": "Sequence",
              "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False}]}
@@ -1047,6 +1052,7 @@ def refused_tokenizers():
         ("an added id of true", added(-1, id=True), ["id"]),
         ("an added token twice", more(), ["id", "once"]),
         ("added tokens in another order", swapped, ["id"]),
+        ("added tokens that NFC makes the same", same_under_nfc, ["[300, 301]", "NFC"]),
         ("two tokens of one id", vocabulary(zzz=7), ["zzz", "id", "7"]),
         ("a negative id", vocabulary(zzz=-1), ["zzz", "-1"]),
         ("an id of text", vocabulary(zzz="5"), ["zzz"]),

@@ -726,6 +726,8 @@ Added = namedtuple("Added", "id content normalized special")
 NOBODY = 0xFFFFFFFF    # no token, an empty slot
 EARLY, LATE = 0, 1     # roots of the tries: added tokens matched before the others, the others
 BASE_MODEL = "use the tokenizer.json of the base model"   # a folder saved again often has another
+LONGEST_TOKEN = 4096   # bytes; this and the next are tokenizer.c's: it opens no file with more
+LONGEST_RUN = 256      # slots of a hash table that are taken in a row
 
 # Part, field, what the library takes for a missing one, what kl3m computes.
 STAGES = (("pre_tokenizer", "type", None, ["ByteLevel"]),
@@ -808,7 +810,13 @@ def check_stages(tokenizer):
     expect_part(ok, "post_processor", post, "one that adds no tokens")
 
 
-def check_id(token, number, rows):
+def check_length(token, text):
+    expect_part(len(text) <= LONGEST_TOKEN, f"bytes of {show(token)}", len(text),
+                f"at most {LONGEST_TOKEN}, the longest token that kl3m takes")
+
+
+def check_token(token, number, rows):
+    check_length(token, decoded(token))
     expect_part(is_count(number) and number < rows, f"id of {show(token)}", number,
                 f"a whole number below the {rows} rows of gpt_neox.embed_in.weight")
 
@@ -819,7 +827,7 @@ def read_vocab(model, rows):
     expect_part(isinstance(vocab, dict), "model.vocab", vocab, "an object")
     owner = {}
     for token, number in vocab.items():
-        check_id(token, number, rows)
+        check_token(token, number, rows)
         ok = owner.setdefault(number, token) == token
         expect_part(ok, f"id of {show(token)}", number,
                     f"another than that of {show(owner[number])}")
@@ -882,7 +890,7 @@ def read_added(tokenizer, vocab, rows):
         for name in ("normalized", "special"):
             value = fields.get(name)
             expect_part(type(value) is bool, f"{where}: {name}", value, "true or false")
-        check_id(token.content, token.id, rows)
+        check_token(token.content, token.id, rows)
         expected = vocab.get(token.content, next_id)
         ok = token.id == expected and token.content not in added
         expect_part(ok, f"{where}: id", token.id,
@@ -898,15 +906,22 @@ def u32s(numbers):
     return struct.pack(f"<{len(numbers)}I", *numbers)
 
 
-def hash_table(entries):
+def hash_table(what, entries):
     """{(a, b): (c, d)} as open-addressed slots of four u32, at most half full: (slots, bytes)."""
     slots = 1 << max(4, (2 * len(entries) - 1).bit_length())
     table = [NOBODY, 0, 0, 0] * slots
+    taken = bytearray(2 * slots)   # a flag for each slot, twice: behind the last comes the first
     for (a, b), (c, d) in entries.items():
-        slot = ((a << 32 | b) * 0x9E3779B97F4A7C15 >> 32) & (slots - 1)
-        while table[4 * slot] != NOBODY:
-            slot = (slot + 1) & (slots - 1)
+        first = ((a << 32 | b) * 0x9E3779B97F4A7C15 >> 32) & (slots - 1)
+        slot = taken.find(0, first, first + LONGEST_RUN + 1)
+        if slot < 0:   # the run is too long already
+            break
+        slot &= slots - 1
+        taken[slot] = taken[slot + slots] = 1
         table[4 * slot:4 * slot + 4] = a, b, c, d
+    expect_part(bytes([1]) * (LONGEST_RUN + 1) not in taken,
+                f"the hash table of {what}: slots taken in a row", LONGEST_RUN + 1,
+                f"at most {LONGEST_RUN}, which is so unless ids are chosen to collide")
     return slots, u32s(table)
 
 
@@ -915,7 +930,9 @@ def build_tries(added):
     edges, node_token = {}, [NOBODY, NOBODY]
     for token in added:
         node = LATE if token.normalized else EARLY
-        for byte in utf8(token.content):
+        text = utf8(token.content)
+        check_length(token.content, text)
+        for byte in text:
             child = edges.setdefault((node, byte), (len(node_token), 0))[0]
             if child == len(node_token):
                 node_token.append(NOBODY)
@@ -931,7 +948,7 @@ def tokenizer_section(tokenizer, rows):
     check_stages(tokenizer)
     vocab = read_vocab(tokenizer["model"], rows)
     table = read_merges(tokenizer["model"], vocab)
-    merge_slots, merges = hash_table(table)
+    merge_slots, merges = hash_table("model.merges", table)
     added = read_added(tokenizer, vocab, rows)
     check_whole_words(tokenizer["model"], vocab, table, added)
     nfc = bool(normalizers(tokenizer.get("normalizer")))
@@ -939,7 +956,7 @@ def tokenizer_section(tokenizer, rows):
     edges, node_token = build_tries(
         [token._replace(content=unicodedata.normalize("NFC", token.content))
          if nfc and token.normalized else token for token in added])
-    trie_slots, trie = hash_table(edges)
+    trie_slots, trie = hash_table("added_tokens", edges)
     names = {number: token for token, number in vocab.items()}
     names.update((token.id, token.content) for token in added)
     texts = [decoded(names.get(number, "")) for number in range(max(names) + 1)]

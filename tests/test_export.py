@@ -1052,6 +1052,11 @@ def refused_tokenizers():
         ("an added id of true", added(-1, id=True), ["id"]),
         ("an added token twice", more(), ["id", "once"]),
         ("added tokens in another order", swapped, ["id"]),
+        ("a token that is too long", vocabulary(**{"a" * 4097: TOKENS}), ["4097", "at most 4096"]),
+        ("an added token that is too long", more(content="~" * 2 ** 21, id=TOKENS),
+         ["2097152", "at most 4096"]),
+        ("an added token that is so before it is decoded", more(content="\u00e9" * 2049, id=TOKENS),
+         ["4098", "at most 4096"]),
         ("added tokens that NFC makes the same", same_under_nfc, ["[300, 301]", "NFC"]),
         ("two tokens of one id", vocabulary(zzz=7), ["zzz", "id", "7"]),
         ("a negative id", vocabulary(zzz=-1), ["zzz", "-1"]),
@@ -1084,6 +1089,28 @@ def refused_tokenizers():
             source.tokenizer["added_tokens"].clear(), vocabulary(**{"\udfff": TOKENS})(source)),
          ["\\udfff", "download"]),
     ])
+    exported(more(content="~" * 4096, id=TOKENS))
+
+
+@test("a hash table in which kl3m would search for long is refused as soon as a run is too long")
+def long_runs():
+    inverse = pow(0x9E3779B97F4A7C15, -1, 1 << 64)
+
+    def keys(count, slot=0):
+        """So many keys that start at this slot, in any table of up to 2^18 slots."""
+        numbers = (((n << 18 | slot) << 32) * inverse % 2 ** 64 for n in range(count))
+        return {divmod(number, 1 << 32): (0, 0) for number in numbers}
+    for fine in (keys(256), keys(256, -1 % 2 ** 18), {**keys(200), **keys(56, 150)}):
+        export_weights.hash_table("merges", fine)
+    for what in (keys(257), keys(257, -1 % 2 ** 18), {**keys(200), **keys(57, 150)}, keys(2 ** 14)):
+        start = time.monotonic()
+        try:
+            export_weights.hash_table("merges", what)
+        except export_weights.ExportError as error:
+            assert "merges" in str(error) and "256" in str(error), error
+        else:
+            raise AssertionError("%d keys are taken" % len(what))
+        assert time.monotonic() - start < 1
 
 
 @test("files that are missing, not JSON, or not readable are refused in one line")

@@ -22,6 +22,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import heapq
 import http.client
 import io
 import json
@@ -853,6 +854,33 @@ def read_merges(model, vocab):
     return table
 
 
+def merged(ids, merges):
+    """What the merges make of these ids: the pair of the lowest rank first, the leftmost of
+    equals. Pairs wait in a heap, so that a long token costs hardly more than as many short ones."""
+    before = list(range(-1, len(ids)))   # the neighbours of each that is left
+    after = list(range(1, len(ids) + 1))
+    ids = [*ids, None]                   # behind the last, and in place of each that is gone
+    waiting = []
+
+    def enqueue(at):
+        pair = ids[at], ids[after[at]]
+        if pair in merges:
+            heapq.heappush(waiting, (merges[pair][0], at, pair))
+    for at in range(len(after)):
+        enqueue(at)
+    while waiting:
+        _, at, pair = heapq.heappop(waiting)
+        if (ids[at], ids[after[at]]) != pair:   # it became another meanwhile
+            continue
+        ids[at], ids[after[at]] = merges[pair][1], None
+        after[at] = after[after[at]]
+        before[after[at]] = at
+        for changed in (before[at], at):
+            if changed >= 0:
+                enqueue(changed)
+    return [number for number in ids if number is not None]
+
+
 def check_whole_words(model, vocab, merges, added):
     """With ignore_merges the library takes a word that is a token as that token. kl3m always
     merges, which is the same if the merges make each token of its own characters (but for the
@@ -861,14 +889,7 @@ def check_whole_words(model, vocab, merges, added):
     for token, number in vocab.items() if model.get("ignore_merges") else ():
         if token in apart:
             continue
-        ids = [vocab.get(char) for char in token]
-        while len(ids) > 1:
-            pairs = [merges.get(pair, (math.inf,)) for pair in zip(ids, ids[1:])]
-            least = min(pairs)
-            if least == (math.inf,):
-                break
-            at = pairs.index(least)
-            ids[at:at + 2] = [least[1]]
+        ids = merged([vocab.get(char, NOBODY) for char in token], merges)
         expect_part(ids == [number], "model.ignore_merges", True,
                     f"false, since the merges do not make {show(token)}")
 

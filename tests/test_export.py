@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pty
+import random
 import shutil
 import signal
 import stat
@@ -1276,6 +1277,29 @@ def other_names_of_weights():
          renamed({"gpt_neox.layers.0.attention.dense.weight": "model.o_proj.weight"}),
          ["gpt_neox.layers.0.attention.dense.weight", '"model.o_proj.weight"']),
     ])
+
+
+@test("whole words: merges are done as by the rule, in a time that does not grow with the square of a "
+      "token's length")
+def merges_of_whole_words():
+    def by_rule(ids, merges):
+        """The pair of the lowest rank, the leftmost of equals, until there is none."""
+        while pairs := [(merges[pair][0], at) for at, pair in enumerate(zip(ids, ids[1:]))
+                        if pair in merges]:
+            at = min(pairs)[1]
+            ids = [*ids[:at], merges[ids[at], ids[at + 1]][1], *ids[at + 2:]]
+        return ids
+    draw = random.Random(1)
+    for _ in range(500):
+        pairs = [(draw.randrange(6), draw.randrange(6)) for _ in range(12)]
+        merges = {pair: (rank, draw.randrange(6)) for rank, pair in enumerate(pairs)}
+        ids = [draw.randrange(6) for _ in range(draw.randrange(12))]
+        expect(export_weights.merged(ids, merges), by_rule(ids, merges), (ids, merges))
+    doubled = {(number, number): (number, number + 1) for number in range(12)}
+    start = time.monotonic()
+    for _ in range(5):
+        expect(export_weights.merged([0] * 4096, doubled), [12])
+    assert time.monotonic() - start < 5, "it took 3 s each when all pairs were looked at again"
 
 
 # ---- The file on the disk ---------------------------------------------------------------------

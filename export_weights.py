@@ -56,10 +56,13 @@ class ExportError(Exception):
     """One line for the user: what is wrong, what was expected, what to do."""
 
 
-def show(value):
-    """A value from somebody else's file, safe and short enough for a message."""
-    text = "nothing" if value is None else json.dumps(value)
+def short(text):
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def show(value):
+    """A value from somebody else's file, short enough for a message."""
+    return short("nothing" if value is None else json.dumps(value))
 
 
 def expect(ok, what, found, expected, remedy):
@@ -104,9 +107,12 @@ def draw(text):
 
 
 def note(text):
-    """A line for the user; a bar gives way to it."""
+    """A line for the user; a bar gives way to it. Names of files and what servers say stand in it,
+    and a terminal would obey their control characters: those are shown as escapes."""
     if sys.stderr.isatty():
         draw("")
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
+                   for char in text)
     print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
 
 
@@ -1224,9 +1230,7 @@ class Hub:
                 raise ExportError(f"{where[1]}: {reason}; if your network has a certificate of its "
                                   "own, SSL_CERT_FILE is for it")
             said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-            if not isinstance(reason, OSError):   # http.client shows what the server sent
-                said = show(said)
-            raise Broken(f"{where[1]}: {said}", None)
+            raise Broken(f"{where[1]}: {short(said)}", None)   # it may be what the server sent
         except ValueError:
             raise ExportError(NO_ADDRESS)
 

@@ -1210,6 +1210,20 @@ def other_kinds_of_weights():
     expect(run_inside(top / "checkpoint-500", "-o", top / "x.bin")[0], 0)
 
 
+@test("control characters in the names of files reach no terminal: messages show them as escapes")
+def names_with_control_characters():
+    strange = "\x1b[31mred\x9b\u202e\u2028"
+    source = small_source()
+    (source / "model.safetensors").rename(source / (strange + ".safetensors"))
+    top = tmpdir()
+    (top / strange).mkdir()
+    (top / strange / "config.json").write_text("{}")
+    for folder in (source, top, top / "none" / strange, top / strange):
+        err = said_of(folder)
+        assert err[:-1].isprintable() and ("\\x1b[31mred\\x9b\\u202e\\u2028" in err
+                                           or "\\u001b[31mred" in err), err
+
+
 @test("a Git LFS pointer, a web page or another format in a file's place is called that, with the "
       "remedy that works")
 def other_formats():

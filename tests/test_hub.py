@@ -614,10 +614,12 @@ def busy_server():
             expect(case.hub.sent[WEIGHTS], size, what + ": bytes sent")
 
 
-@test("what answers and speaks no HTTP is shown in one short line that a terminal may be given")
+@test("what answers and speaks no HTTP, and a proxy that refuses, is shown in one short line that a "
+      "terminal may be given")
 def no_http():
     case = Case()
-    for said in (b"SSH-2.0-\x1b[31mx\r\nmore\r\n", b"HTTP/1.1 x\ty\r\n\r\n", b"x" * 9999):
+    for said in (b"SSH-2.0-\x1b[31mx\r\nmore\r\n", b"HTTP/1.1 x\ty\r\n\r\n", b"x" * 9999,
+                 b"HTTP/1.1 407 \x1b[31mx\xff" + b"y" * 999 + b"\r\n\r\n"):
         with socket.create_server(("127.0.0.1", 0)) as server:
             def answer():
                 for _ in range(export_weights.TRIES):
@@ -625,8 +627,10 @@ def no_http():
                         client.recv(1 << 16)
                         client.sendall(said)
             threading.Thread(target=answer, daemon=True).start()
-            err = case.check_fails(["given up after 6 tries", said[:4].decode()], lines=6,
-                                   HF_ENDPOINT="http://127.0.0.1:%d" % server.getsockname()[1])
+            here, of_proxy = "http://127.0.0.1:%d" % server.getsockname()[1], b" 407 " in said
+            err = case.check_fails(
+                ["given up after 6 tries", "407" if of_proxy else said[:4].decode()], lines=6,
+                HF_ENDPOINT="https://hub.invalid" if of_proxy else here, https_proxy=here)
         assert all(line.isprintable() and len(line) < 300 for line in err.splitlines()), err
 
 

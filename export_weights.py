@@ -1606,8 +1606,8 @@ def check_target(out):
     for name in (out, path):
         expect(not name.lower().endswith((".json", ".safetensors")), what, name,
                "no name of a source's file", ANOTHER_OUT)
-    expect(not re.search("/(models|datasets|spaces)--[^/]+/blobs/", path), what, path,
-           "no file of the hub's cache", ANOTHER_OUT)
+    expect(not re.search("/(models|datasets|spaces)--[^/]+/(blobs|refs|snapshots)/", path), what,
+           path, "no file of the hub's cache", ANOTHER_OUT)
     with writing(out):
         above = os.stat(folder)
         if plain and above.st_mode & stat.S_ISVTX:   # as /tmp: files are their owners' there

@@ -1494,8 +1494,8 @@ def cached(top):
     return snapshot
 
 
-@test("OUT is no file of the source and no blob of the hub's cache, whatever the name or link "
-      "it is given by")
+@test("OUT is no file of the source and none of the hub's cache, whatever the name or link it is "
+      "given by")
 def out_is_no_source():
     for in_cache in (True, False):
         top = tmpdir()
@@ -1513,7 +1513,12 @@ def out_is_no_source():
             other = top / "models--other--model" / "blobs" / ("%040x" % 7)   # of another model
             other.parent.mkdir(parents=True)
             other.write_bytes(b"other")
-            outs += [source / "README.md", weights.resolve(), other]
+            refs = top / "models--some--model" / "refs"
+            (refs / "pr").mkdir(parents=True)
+            (refs / "main").write_text(source.name)
+            (top / "link of a ref.bin").symlink_to(refs / "main")
+            outs += [source / "README.md", weights.resolve(), other, source / "new.bin",
+                     refs / "main", refs / "pr" / "1", top / "link of a ref.bin"]
         before = contents(top)
         for out in outs:
             code, err = run_inside(source, "-o", out)

@@ -180,25 +180,34 @@ def fault(error, otherwise):
 
 
 @contextlib.contextmanager
-def reading(path):
+def reading(what, otherwise="take another copy of it"):
     """Says of a fault within that it is this file's, which is the source's and not OUT."""
     try:
         yield
     except OSError as error:
-        raise ExportError(f"cannot read {path}: {fault(error, 'take another copy of it')}")
+        raise ExportError(f"cannot read {what}: {fault(error, otherwise)}")
+
+
+def look(path):
+    """What os.stat says, or None if there is nothing. What cannot be told is a fault, where
+    os.path.isfile and its like say no."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):   # the last: NUL in the name
+        return None
+
+
+def is_plain(status):
+    return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def status_of(path):
-    """What os.stat says, or None if there is nothing."""
+    """The same of a file of the source."""
     with reading(path):
-        try:
-            return os.stat(path)
-        except (FileNotFoundError, NotADirectoryError, ValueError):   # the last: NUL in the name
-            return None
+        return look(path)
 
 
 def is_folder(path):
-    """As os.path.isdir, but what cannot be told is a fault and not a no."""
     status = status_of(path)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
@@ -206,7 +215,7 @@ def is_folder(path):
 def size_of(path, expected, remedy):
     """The size of a plain file, which must be there."""
     status = status_of(path)
-    expect(status and stat.S_ISREG(status.st_mode), path, None, expected, remedy)
+    expect(is_plain(status), path, None, expected, remedy)
     return status.st_size
 
 
@@ -1051,12 +1060,11 @@ def hub_token(home):
         return ""
     token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN", "")
     path = path_setting("HF_TOKEN_PATH", os.path.join(home, "token"))
-    if not token.strip() and os.path.isfile(path):
-        try:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                token = file.read()
-        except OSError as error:
-            raise ExportError(f"cannot read the token in {path}: {fault(error, 'set HF_TOKEN')}")
+    if not token.strip():
+        with reading(f"the token in {path}", "set HF_TOKEN"):
+            if is_plain(look(path)):
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    token = file.read()
     token = token.replace("\r", "").replace("\n", "").strip()
     if not (token.isascii() and token.isprintable()):   # http.client would show it in its complaint
         raise ExportError("HF_TOKEN or the token's file has characters that no token has; "
@@ -1132,7 +1140,8 @@ def open_or_create(path, flags):
 
 
 def is_whole(path, size):
-    return os.path.isfile(path) and os.path.getsize(path) == size
+    status = look(path)
+    return is_plain(status) and status.st_size == size
 
 
 def has_hash(path, etag):
@@ -1412,7 +1421,7 @@ class Hub:
 def cached_snapshot(folder, revision):
     """The directory of a snapshot that is whole in the cache, or None."""
     ref = os.path.join(folder, "refs", revision)
-    if os.path.isfile(ref):
+    if is_plain(status_of(ref)):
         with reading(ref), open(ref, encoding="utf-8", errors="replace") as file:
             revision = file.read(100).strip()
     if not re.fullmatch(COMMIT, revision):
@@ -1420,7 +1429,7 @@ def cached_snapshot(folder, revision):
     snapshot = os.path.join(folder, "snapshots", revision)
 
     def has(name):
-        return os.path.isfile(os.path.join(snapshot, name))
+        return is_plain(status_of(os.path.join(snapshot, name)))
     weights = read_index(snapshot).values() if has(INDEX) and not has(SINGLE) else [SINGLE]
     return snapshot if all(map(has, ["config.json", "tokenizer.json", *weights])) else None
 
@@ -1488,8 +1497,7 @@ KL3M = {"license": "CC-BY 4.0",
 def card_license(directory):
     """What README.md's front matter has as `license:`, or None."""
     path = os.path.join(directory, "README.md")
-    status = status_of(path)
-    if not (status and stat.S_ISREG(status.st_mode)):
+    if not is_plain(status_of(path)):
         return None
     with reading(path), open(path, "rb") as file:
         text = file.read(1 << 16).decode("utf-8", "replace")
@@ -1600,18 +1608,19 @@ def check_target(out):
     """OUT's real path, if a file can be put there: seen before a long download, not after it."""
     path = os.path.realpath(out)   # a link is followed, not replaced
     folder = os.path.dirname(path)
-    what, plain = f"cannot write {out}", os.path.isfile(path)
-    expect(os.path.isdir(folder), what, folder, "a directory", "create it")
-    expect(plain or not os.path.exists(path), what, path, "a plain file or a new one", ANOTHER_OUT)
+    what = f"cannot write {out}"
+    with writing(out):
+        older, above = look(path), look(folder)
+    expect(above and stat.S_ISDIR(above.st_mode), what, folder, "a directory", "create it")
+    expect(older is None or is_plain(older), what, path, "a plain file or a new one", ANOTHER_OUT)
     for name in (out, path):
         expect(not name.lower().endswith((".json", ".safetensors")), what, name,
                "no name of a source's file", ANOTHER_OUT)
     expect(not re.search("/(models|datasets|spaces)--[^/]+/(blobs|refs|snapshots)/", path), what,
            path, "no file of the hub's cache", ANOTHER_OUT)
     with writing(out):
-        above = os.stat(folder)
-        if plain and above.st_mode & stat.S_ISVTX:   # as /tmp: files are their owners' there
-            owners = {0, above.st_uid, os.stat(path).st_uid}
+        if older and above.st_mode & stat.S_ISVTX:   # as /tmp: files are their owners' there
+            owners = {0, above.st_uid, older.st_uid}
             expect(os.geteuid() in owners, what, path, "a file of yours", ANOTHER_OUT)
         with part_beside(path):
             pass

@@ -1584,13 +1584,15 @@ def unwritable_out():
     top = tmpdir()
     top.chmod(0o755)
     source = small_source(top)
-    for name, mode in (("closed", 0o555), ("open", 0o777), ("sticky", 0o1777)):
+    for name, mode in (("closed", 0o555), ("open", 0o777), ("sticky", 0o1777), ("hidden", 0)):
         (top / name).mkdir()
         (top / name).chmod(mode)
     (top / "sticky" / "model.bin").write_bytes(b"root's")
     (top / "sticky").chmod(0o1777)
     before = contents(top)
     cases = [(top / "closed" / "model.bin", ["Permission denied", "right", "another -o"]),
+             *((top / "hidden" / name, ["Permission denied", "right", "another -o"])
+               for name in ("model.bin", "below/model.bin")),
              (top / "open" / ("m" * 250 + ".bin"), ["File name too long", "shorter", "another -o"])]
     if os.geteuid() == 0:
         cases.append((top / "sticky" / "model.bin", ["a file of yours", "another -o"]))

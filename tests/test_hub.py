@@ -31,7 +31,7 @@ from urllib.parse import unquote, urlsplit
 
 import models
 from harness import ROOT, expect, run, test, tmpdir
-from test_export import ModelFile, Source, export_weights, run_inside
+from test_export import ModelFile, Source, export_weights, run_inside, unprivileged
 
 MODEL = "some-org/tiny.model-1"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -980,6 +980,31 @@ def faults_of_the_disk():
     with mock.patch("builtins.open", closed):
         case.check_fails(["cannot read the token in %s" % (case.top / "token"), "HF_TOKEN"],
                          HF_TOKEN_PATH=case.top / "token", lines=1)
+
+
+@test("a part of the cache that may not be looked at is said to be closed, and not taken for absent")
+def closed_cache():
+    case = Case()
+    case.check_works()
+    (case.top / "token").mkdir()
+    (case.top / "token" / "token").write_text(TOKEN)
+    case.top.chmod(0o755)
+    case.out.unlink()
+    case.out.parent.chmod(0o777)
+    case.hub.log.clear()
+    blobs, refs, snapshots = (case.folder / name for name in ("blobs", "refs", "snapshots"))
+    for closed, said, environment in (
+            (refs, "cannot read %s/main" % refs, {"HF_HUB_OFFLINE": 1}),
+            (snapshots, "cannot read %s" % snapshots, {}), (blobs, "cannot read", {}),
+            (case.top / "token", "cannot read the token in",
+             {"HF_HUB_CACHE": case.out.parent, "HF_TOKEN_PATH": case.top / "token" / "token"})):
+        closed.chmod(0)
+        child = case.start("import os\n" + unprivileged(), **environment)
+        err = child.communicate(timeout=30)[1].decode()
+        closed.chmod(0o755)
+        assert (child.returncode == 1 and err.count("\n") == 1 and said in err
+                and "Permission denied; get the right" in err), err
+        expect((case.hub.log, list(case.out.parent.iterdir())), ([], []), err)
 
 
 def until(condition):

@@ -167,7 +167,8 @@ KINDS = (
 MENDS = {errno.ENOSPC: "make room on that disk", errno.EDQUOT: "make room in your quota there",
          **dict.fromkeys((errno.EACCES, errno.EPERM), "get the right to do that there"),
          errno.EROFS: "have that disk mounted for writing",
-         **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "move what stands there out of the way"),
+         **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+                         "move what stands there out of the way"),
          errno.EFBIG: "raise the limit for a file's size (ulimit -f)",
          errno.EIO: "see whether that disk is well",
          errno.ENAMETOOLONG: "use shorter names"}
@@ -1421,6 +1422,8 @@ class Hub:
 def cached_snapshot(folder, revision):
     """The directory of a snapshot that is whole in the cache, or None."""
     ref = os.path.join(folder, "refs", revision)
+    expect(not is_folder(ref), ref, "a folder", "a file that names a commit",
+           "move it out of the way")
     if is_plain(status_of(ref)):
         with reading(ref), open(ref, encoding="utf-8", errors="replace") as file:
             revision = file.read(100).strip()
@@ -1470,7 +1473,8 @@ def hub_snapshot(model, revision):
     try:
         return snapshot or Hub(model, folder, hub_token(home)).download(revision)
     except OSError as error:   # the disk's: those of the network are dealt with above
-        raise ExportError(f"cannot download to {error.filename or folder}: "
+        where = error.filename2 or error.filename or folder   # of two names the new one
+        raise ExportError(f"cannot download to {where}: "
                           f"{fault(error, another_cache())}; run it again then, the download goes "
                           "on where it stopped")
 

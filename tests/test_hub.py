@@ -934,6 +934,15 @@ def full_disk():
     case = Case()
     (case.top / "home").write_text("a file")
     case.check_fails(["cannot download", "Not a directory", "HF_HOME"], lines=2)
+    case = Case()   # folders in the place of files
+    ref, blob = case.folder / "refs" / "main", case.blob("tokenizer.json")
+    ref.mkdir(parents=True)
+    code, err = case.run()
+    assert (code == 1 and str(ref) + ": " in err and "out of the way" in err
+            and not case.hub.log), err
+    ref.rmdir()
+    blob.mkdir(parents=True)
+    case.check_fails(["cannot download to %s: Is a directory; move" % blob], lines=2)
     case = Case()   # OUT is looked at before a byte is asked for
     case.out = case.top / "none" / "model.bin"
     code, err = case.run()

@@ -1613,6 +1613,8 @@ def check_target(out):
     path = os.path.realpath(out)   # a link is followed, not replaced
     folder = os.path.dirname(path)
     what = f"cannot write {out}"
+    expect(os.path.basename(out) not in ("", "."), what, out, "the name of a plain file",
+           "add a file's name")
     with writing(out):
         older, above = look(path), look(folder)
     expect(above and stat.S_ISDIR(above.st_mode), what, folder, "a directory", "create it")

@@ -1470,7 +1470,9 @@ def where_out_goes():
     assert (top / "old link").is_symlink()
 
     for out, word in ((top / "work", "a plain file"), ("/dev/null", "a plain file"),
-                      ("", "a plain file"), (top / "none" / "x.bin", "expected a directory"),
+                      ("", "a plain file"), ("%s/new/" % top, "a plain file"),
+                      ("%s/new/." % top, "a plain file"), ("%s/old/" % top, "a plain file"),
+                      (top / "none" / "x.bin", "expected a directory"),
                       (top / "old" / "x.bin", "a directory"),
                       (source / "model.safetensors", "source"), (source / "config.json", "source")):
         code, err = run_inside(source, "-o", out)

@@ -1647,7 +1647,7 @@ def check_not_source(out, directory):
 
 def write_model(out, path, sections, progress):
     """Write OUT, whose real path this is, whole or not at all."""
-    with writing(out, "; nothing is left there"):
+    with writing(out, "; nothing has changed there"):
         free = shutil.disk_usage(os.path.dirname(path)).free
         expect(free >= progress.total, f"cannot write {out}", free,
                f"{progress.total} bytes of room", "make room or " + ANOTHER_OUT)

@@ -1371,7 +1371,7 @@ def failed_export_leaves_nothing():
              "os.fsync = lambda fd: [0 for _ in range(10 ** 9)]",
              128 + signal.SIGPROF, ["stopped"]),
             ("a file too large", "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))", 1,
-             ["cannot write", "File too large", "model.bin", "ulimit -f"]),
+             ["cannot write", "File too large", "model.bin", "ulimit -f", "nothing has changed"]),
             ("a full disk", "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)",
              1, ["cannot write", "found 1,", "bytes of room"]),
             ("a fault at the end",

@@ -102,7 +102,10 @@ class Patient(io.RawIOBase):
 
 def draw(text):
     """Text in place of the terminal's last line."""
-    width = shutil.get_terminal_size().columns - 1
+    columns = 0
+    with contextlib.suppress(OSError):   # it may have gone
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    width = (columns or 80) - 1
     print("\r" + text[:width].ljust(width), end="\r", file=sys.stderr, flush=True)
 
 

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import copy
 import errno
+import fcntl
 import functools
 import io
 import json
@@ -19,6 +20,7 @@ import stat
 import struct
 import subprocess
 import sys
+import termios
 import time
 import zlib
 from array import array
@@ -1694,13 +1696,16 @@ def progress_and_closing_line():
     expect(run_export(source, "-o", out, env={"LC_ALL": "C", "PYTHONUTF8": "0"}).code, 0)
 
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     child = subprocess.Popen([sys.executable, ROOT / "export_weights.py", source, "-o", out],
-                             stderr=theirs)
+                             stderr=theirs, stdout=subprocess.DEVNULL)
     expect(child.wait(60), 0)
     shown = os.read(ours, 1 << 16).decode()
     os.close(ours)
     os.close(theirs)
     assert "\r[" in shown and "MB/s" in shown and "config" in shown, shown
+    expect({len(line) for line in shown.split("\r") if line.startswith(("[", " "))}, {119},
+           "one column less than the terminal that it is drawn on")
 
 
 @test("a wrong command line is status 2, --help is status 0 and names every option")

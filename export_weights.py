@@ -235,20 +235,32 @@ def remove(path):
         os.unlink(path)
 
 
+def rename(path, new):
+    """What is there, if anything."""
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, new)
+
+
 @contextlib.contextmanager
-def part_beside(path):
-    """A new file that is to take path's place. If it did not when all is done, it is removed, be it
-    after an error or a signal. No other process has its name."""
-    part = f"{path}.{secrets.token_hex(4)}.part"
+def at_the_end(action):
+    """Does this when all within is done, be it after an error or a signal."""
     try:
-        with open(part, "xb") as file:
-            yield file
+        yield
     finally:
         try:
-            remove(part)
+            action()
         except BaseException:   # a signal at this very moment; later ones are ignored
-            remove(part)
+            action()
             raise
+
+
+@contextlib.contextmanager
+def part_beside(path):
+    """A new file that is to take path's place. If it did not when all is done, it is removed. No
+    other process has its name."""
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    with at_the_end(lambda: remove(part)), open(part, "xb") as file:
+        yield file
 
 
 def keep_rights(file, path):
@@ -1194,25 +1206,20 @@ def partial_file(blob, alone):
         yield partial
         return
     ours = f"{blob}.{secrets.token_hex(4)}.incomplete"
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(partial, ours)
-    try:
+    with at_the_end(lambda: rename(ours, partial)):
+        rename(partial, ours)
         yield ours
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(ours, partial)
 
 
 def link_blob(blob, name):
     """The file of the snapshot as a link to its blob, at once and whoever else makes it too."""
     link = f"{name}.{secrets.token_hex(4)}.part"
-    try:
-        os.symlink(os.path.join("..", "..", "blobs", os.path.basename(blob)), link)
-        os.replace(link, name)
-    except OSError:   # a disk without links
-        os.replace(blob, name)
-    finally:
-        remove(link)
+    with at_the_end(lambda: remove(link)):
+        try:
+            os.symlink(os.path.join("..", "..", "blobs", os.path.basename(blob)), link)
+            os.replace(link, name)
+        except OSError:   # a disk without links
+            os.replace(blob, name)
 
 
 class Hub:

@@ -1106,6 +1106,26 @@ def stopped_download():
         expect([r.headers["Range"] for r in case.hub.log if r.host == "cdn"], ["bytes=%d-" % came])
 
 
+@test("a signal right after the partial file got the name of this run loses nothing of it")
+def stopped_at_the_rename():
+    case = Case()
+    size = len(case.hub.files[WEIGHTS])
+    case.folder.joinpath("blobs").mkdir(parents=True)
+    case.partial().write_bytes(case.hub.files[WEIGHTS][:5000])
+    child = case.start("import fcntl, os, signal\n"
+                       "fcntl.flock = lambda *args: None\n"   # locks that keep nobody out
+                       "rename = os.rename\n"
+                       "def renamed(name, other):\n"
+                       "    rename(name, other)\n"
+                       "    os.kill(os.getpid(), signal.SIGTERM)\n"
+                       "os.rename = renamed")
+    err = child.communicate(timeout=30)[1].decode()
+    expect((child.returncode, list(case.folder.glob("blobs/*.incomplete"))),
+           (143, [case.partial()]), err)
+    case.check_works()
+    expect(case.hub.sent[WEIGHTS], size - 5000)
+
+
 @test("two exporters at once download each file once, and both have it")
 def two_at_once():
     case = Case()

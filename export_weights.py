@@ -1723,11 +1723,12 @@ def main():
     for number in STOPPERS:
         if signal.getsignal(number) != signal.SIG_IGN:   # as nohup leaves SIGHUP
             signal.signal(number, stop)
-    try:
-        export(arguments.source, arguments.output, arguments.revision)
-    except (ExportError, OSError, RecursionError, MemoryError) as error:
-        note(f"error: {str(error) or type(error).__name__}")
-        return 1
+    try:   # the outer one, since a signal may come while the error is written
+        try:
+            export(arguments.source, arguments.output, arguments.revision)
+        except (ExportError, OSError, RecursionError, MemoryError) as error:
+            note(f"error: {str(error) or type(error).__name__}")
+            return 1
     except Stopped as stopped:
         note("stopped")
         return 128 + stopped.args[0]

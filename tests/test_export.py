@@ -1402,6 +1402,17 @@ def failed_export_leaves_nothing():
                    {"model.bin": older} if older else {}, what)
 
 
+@test("a signal while the error is written is one all the same")
+def stopped_at_the_error():
+    code, err = run_changed("note = export_weights.note\n"
+                            "def stopped(text):\n"
+                            "    if text.startswith('error'):\n"
+                            "        os.kill(os.getpid(), signal.SIGTERM)\n"
+                            "    note(text)\n"
+                            "export_weights.note = stopped", "no/such/directory")
+    expect((code, err), (143, "export_weights.py: stopped\n"))
+
+
 @test("a fault of the disk where a file is only looked at is said with its remedy, and not taken "
       "for a file that is not there")
 def faults_of_looking():

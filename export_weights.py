@@ -312,6 +312,7 @@ def is_count(value):
 Config = namedtuple("Config", "hidden layers heads kv_heads head_size rotary_dims intermediate "
                               "vocab context parallel_residual rotary_base eps")
 
+NOBODY = 0xFFFFFFFF  # no token; in a hash table an empty slot
 NOT_COMPUTED = "kl3m computes nothing else"
 MOST_ENDS = 8        # tokens that end a text, as they lie in the file
 GENERATION = "generation_config.json"    # a model may have none
@@ -755,7 +756,6 @@ def weight_blocks(config, weight, tensor):
 
 Added = namedtuple("Added", "id content normalized special")
 
-NOBODY = 0xFFFFFFFF    # no token, an empty slot
 EARLY, LATE = 0, 1     # roots of the tries: added tokens matched before the others, the others
 BASE_MODEL = "use the tokenizer.json of the base model"   # a folder saved again often has another
 LONGEST_TOKEN = 4096   # bytes; this and the next are tokenizer.c's: it opens no file with more

@@ -14,6 +14,7 @@ import json
 import os
 import pty
 import random
+import re
 import shutil
 import signal
 import stat
@@ -316,6 +317,31 @@ def house_rules():
                if isinstance(node, ast.FunctionDef)}
     assert len(lengths) > 50, lengths
     expect({name: length for name, length in lengths.items() if length > 60}, {})
+
+
+@test("a part of the exporter names only what stands in it or in a part above it, and its opening "
+      "lists the parts in order")
+def parts():
+    text = (ROOT / "export_weights.py").read_text(encoding="utf-8")
+    banners = list(re.finditer("^# ---- (.+) ----$", text, re.M))
+    listed = re.search(r"Parts, in order: (.*?)\.", text, re.S)[1].replace("\n", " ")
+    expect(", ".join(banner[1] for banner in banners).lower(), listed.lower())
+
+    def part(node):
+        return sum(text.count("\n", 0, banner.start()) < node.lineno for banner in banners)
+
+    def names(node, context):
+        return {name.id for name in ast.walk(node)
+                if isinstance(name, ast.Name) and isinstance(name.ctx, context)}
+    nodes = ast.parse(text).body
+    home = {name: part(node) for node in nodes
+            for name in ([node.name] if hasattr(node, "name") else names(node, ast.Store))}
+    assert len(home) > 100, home
+    for node in nodes:
+        own = {*names(node, ast.Store),
+               *(name.arg for name in ast.walk(node) if isinstance(name, ast.arg))}
+        expect([name for name in names(node, ast.Load)
+                if name not in own and home.get(name, 0) > part(node)], [], node.lineno)
 
 
 # ---- What is kept -----------------------------------------------------------------------------

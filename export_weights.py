@@ -1240,6 +1240,7 @@ class Hub:
         """One answer, whatever its status. The token goes to the hub alone."""
         headers = {"User-Agent": PROGRAM, **headers}
         request = urllib.request.Request(url, None, headers, method=method)
+        direct = request.host   # in whose place urllib puts a proxy
         if self.token and where == self.home:
             request.add_header("Authorization", f"Bearer {self.token}")
         try:
@@ -1249,8 +1250,13 @@ class Hub:
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise ExportError(f"{where[1]}: {reason}; if your network has a certificate of its "
                                   "own, SSL_CERT_FILE is for it")
+            proxy = where[0] + "_proxy"   # its address may have a password
+            if isinstance(reason, http.client.InvalidURL):   # the hub's own has been looked at
+                raise ExportError(f"{proxy} is not an address like http://HOST:PORT; correct it")
             said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-            raise Broken(f"{where[1]}: {short(said)}", None)   # it may be what the server sent
+            through = "" if request.host == direct else f" through the proxy of {proxy}"
+            # Short, since it may be what the server sent.
+            raise Broken(f"{where[1]}{through}: {short(said)}", None)
         except ValueError:
             raise ExportError(NO_ADDRESS)
 

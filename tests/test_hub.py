@@ -631,7 +631,7 @@ def no_http():
             err = case.check_fails(
                 ["given up after 6 tries", "407" if of_proxy else said[:4].decode()], lines=6,
                 HF_ENDPOINT="https://hub.invalid" if of_proxy else here, https_proxy=here)
-        assert all(line.isprintable() and len(line) < 300 for line in err.splitlines()), err
+        assert all(line.isprintable() and len(line) < 350 for line in err.splitlines()), err
 
 
 @test("the wait doubles with chance in it; Retry-After counts as seconds or a date, up to "
@@ -1158,6 +1158,21 @@ def proxy():
                      no_proxy="127.0.0.1")
     assert case.hub.log[0].path.startswith("http://hub.invalid/%s/resolve/main/"
                                            % MODEL), case.hub.log[0]
+
+
+@test("a proxy that does not work is named by its variable and never shown; what is no address is not "
+      "tried again")
+def broken_proxy():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = "%s@127.0.0.1:%d" % (TOKEN, free.getsockname()[1])   # no message has that word
+    for scheme in ("http", "https"):
+        name, endpoint = scheme + "_proxy", scheme + "://hub.invalid"
+        case = Case()
+        case.check_fails(["hub.invalid through the proxy of %s: Connection refused" % name],
+                         HF_ENDPOINT=endpoint, **{name: "http://user:" + nobody})
+        case.check_fails([name + " is not an address"], HF_ENDPOINT=endpoint, lines=1,
+                         **{name: "http://user:" + nobody + "x"})
 
 
 @test("progress: a bar with rate and time left on a terminal, else a line every ten seconds; "

@@ -1419,8 +1419,12 @@ class Hub:
         tokenizer = self.describe("tokenizer.json", config.commit)
         weights = self.describe_weights(config.commit)
         files = [config, tokenizer, weights]
-        with contextlib.suppress(Missing):
+        try:
             files.insert(2, self.describe(GENERATION, config.commit))
+        except Missing:
+            mark = no_file(self.folder, config.commit, GENERATION)
+            os.makedirs(os.path.dirname(mark), exist_ok=True)
+            open(mark, "ab").close()
         self.fetch_all(files, snapshot)
         if weights.name == INDEX:
             shards = sorted(set(read_index(snapshot).values()))
@@ -1435,8 +1439,14 @@ class Hub:
         return snapshot
 
 
-def cached_snapshot(folder, revision):
-    """The directory of a snapshot that is whole in the cache, or None."""
+def no_file(folder, commit, name):
+    """The name by which huggingface_hub's cache says that a commit has no such file."""
+    return os.path.join(folder, ".no_exist", commit, name)
+
+
+def cached_snapshot(folder, revision, offline):
+    """The directory of a snapshot that is whole in the cache, or None. Another program may have had
+    no use for the end tokens: unless there is no network, they must be there, or known not to."""
     ref = os.path.join(folder, "refs", revision)
     expect(not is_folder(ref), ref, "a folder", "a file that names a commit",
            "move it out of the way")
@@ -1450,7 +1460,13 @@ def cached_snapshot(folder, revision):
     def has(name):
         return is_plain(status_of(os.path.join(snapshot, name)))
     weights = read_index(snapshot).values() if has(INDEX) and not has(SINGLE) else [SINGLE]
-    return snapshot if all(map(has, ["config.json", "tokenizer.json", *weights])) else None
+    if not all(map(has, ["config.json", "tokenizer.json", *weights])):
+        return None
+    unknown = not has(GENERATION) and not status_of(no_file(folder, revision, GENERATION))
+    if unknown and offline:
+        note(f"{snapshot} has no {GENERATION}, and without a network nobody knows whether the "
+             "model has one: the end tokens are those of config.json")
+    return snapshot if offline or not unknown else None
 
 
 def check_model(source):
@@ -1478,12 +1494,13 @@ def hub_snapshot(model, revision):
     cache = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))   # its older name
     cache = path_setting("HF_HUB_CACHE", cache)
     folder = os.path.join(cache, "models--" + model.replace("/", "--"))
-    snapshot = cached_snapshot(folder, revision)
+    offline = switched_on("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    snapshot = cached_snapshot(folder, revision, offline)
     owner = model.split("/")[0]
     if snapshot is None and not named and os.path.isdir(owner):   # a slip, most likely
         raise ExportError(f"there is no directory {model}, though there is {owner}; correct it, or "
                           "add --revision main if you mean the model on the hub")
-    if snapshot is None and switched_on("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    if snapshot is None and offline:
         raise ExportError(f"{model} at revision {revision} is not whole in {folder}, and no "
                           "directory here; unset HF_HUB_OFFLINE")
     try:

@@ -29,7 +29,7 @@ from pathlib import Path
 from unittest import mock
 
 import models
-from harness import ROOT, SHARED, Skip, expect, run_export, test, tmpdir
+from harness import PATIENCE, ROOT, SHARED, Skip, expect, run_export, test, tmpdir
 
 sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True   # no __pycache__ beside the program
@@ -1368,7 +1368,7 @@ def run_changed(code, *args, **options):
              "import export_weights\n")
     done = subprocess.run([sys.executable, "-c", lines + code + "\nsys.exit(export_weights.main())",
                            *map(str, args)], env=dict(os.environ, PYTHONPATH=str(ROOT)),
-                          stderr=subprocess.PIPE, timeout=60, **options)
+                          stderr=subprocess.PIPE, timeout=PATIENCE, **options)
     return done.returncode, done.stderr.decode()
 
 
@@ -1701,7 +1701,7 @@ def broken_standard_error():
         lines = "import os, sys\nsys.dont_write_bytecode = True\nimport export_weights\n%s\n" \
                 "sys.exit(export_weights.main())" % code
         done = subprocess.run([sys.executable, "-c", lines, source, "-o", out], stderr=theirs,
-                              timeout=60, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+                              timeout=PATIENCE, env=dict(os.environ, PYTHONPATH=str(ROOT)))
         os.close(theirs)
         expect((done.returncode, out.read_bytes() == want), (0, True), what)
 

@@ -316,9 +316,9 @@ static void arena_reset(Arena *a, Mark mark) {
 
 static void arena_free(Arena *a) { arena_reset(a, (Mark){0}); }
 
-// Room for at least `need` bytes in a buffer that grows.
-enum { LEAST_ROOM = 256 };
+enum { LEAST_ROOM = 256 };         // bytes of what grows
 
+// Room for at least `need` bytes in a buffer that grows.
 static void *grow(void *memory, size_t *room, size_t need) {
     if (need <= *room) return memory;
     size_t more = need > SIZE_MAX / 4 ? 0 : *room ? *room : LEAST_ROOM;
@@ -353,7 +353,7 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// Of those the ones in which the program did not wait for input.
+// The same clock, which stands still while the program waits for input.
 static double busy_seconds(void) { return seconds() - waited; }
 
 static uint64_t system_random(void) {

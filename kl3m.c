@@ -7503,7 +7503,7 @@ static bool in_string(const char *text, size_t n, size_t at, bool *escaped) {
         if (inside && text[i] == '\\') {
             i += text[i + 1] == 'u' ? 5 : 1;
             *escaped = i >= at;
-        } else if (text[i] == '"' && i < at) inside = !inside;
+        } else if (i < at && text[i] == '"') inside = !inside;
     }
     return inside;
 }

@@ -123,8 +123,8 @@ def judge_others(schema, path, texts):
     not valid."""
     check, rng, lines = validator(schema), random.Random(len(texts[0])), []
     as_float = not isinstance(check, jsonschema.Draft4Validator)    # there 1.0 is no integer
-    for value in map(json.loads, texts):
-        for change in (0, 0, 3, 9):
+    for value in map(json.loads, texts[:3]):
+        for change in (0, 5):
             other = otherwise(rng, value, change, as_float)
             forms = {"separators": (",", ":")} if rng.random() < 0.5 else {}
             lines.append((other, json.dumps(other, ensure_ascii=rng.random() < 0.5, **forms)))

@@ -313,10 +313,10 @@ def compiler_at_two_levels():
     check_builds([os.environ.get("CC", "cc")], ["-O1", "-O3"])
 
 
-@test("gcc and clang build the same bytes at -O0 to -O3")
+@test("gcc and clang build the same bytes at -O0 to -O3, without a warning")
 def compilers_at_all_levels():
     if os.environ.get("KL3M_TEST_SLOW") != "1":
         raise Skip("takes half a minute; KL3M_TEST_SLOW=1 runs it")
     check_builds([c for c in ("gcc", "clang") if shutil.which(c)],
-                 ["-O0", "-O1", "-O2", "-O3", "-O3 -march=native",
-                  "-O3 -funsafe-math-optimizations"])
+                 [level + " -Werror" for level in ("-O0", "-O1", "-O2", "-O3", "-O3 -march=native",
+                                                   "-O3 -funsafe-math-optimizations")])

@@ -133,14 +133,14 @@ def until(condition, what="it"):
         time.sleep(0.01)
 
 
-def until_it_catches(child, number=signal.SIGINT):
-    """Waits until a process has a handler for the signal, so that it may be sent."""
+def until_it_catches(child):
+    """Waits until a process has a handler for SIGTERM, and so for SIGINT, which comes before it."""
     status = Path("/proc/%d/status" % child.pid)
     if not status.exists():
         time.sleep(1)
         return
     until(lambda: int(re.search(r"SigCgt:\t(\w+)", status.read_text()).group(1), 16)
-          >> (number - 1) & 1, "a handler")
+          >> (signal.SIGTERM - 1) & 1, "a handler")
 
 
 def run_kl3m(*args, input=None, env=None, timeout=PATIENCE, cwd=None, program=None):

@@ -1132,14 +1132,14 @@ def long_runs():
     for fine in (keys(256), keys(256, -1 % 2 ** 18), {**keys(200), **keys(56, 150)}):
         export_weights.hash_table("merges", fine)
     for what in (keys(257), keys(257, -1 % 2 ** 18), {**keys(200), **keys(57, 150)}, keys(2 ** 14)):
-        start = time.monotonic()
+        start = time.process_time()
         try:
             export_weights.hash_table("merges", what)
         except export_weights.ExportError as error:
             assert "merges" in str(error) and "256" in str(error), error
         else:
             raise AssertionError("%d keys are taken" % len(what))
-        assert time.monotonic() - start < 1
+        assert time.process_time() - start < 1
 
 
 @test("files that are missing, not JSON, or not readable are refused in one line")
@@ -1338,10 +1338,10 @@ def merges_of_whole_words():
         ids = [draw.randrange(6) for _ in range(draw.randrange(12))]
         expect(export_weights.merged(ids, merges), by_rule(ids, merges), (ids, merges))
     doubled = {(number, number): (number, number + 1) for number in range(12)}
-    start = time.monotonic()
+    start = time.process_time()
     for _ in range(5):
         expect(export_weights.merged([0] * 4096, doubled), [12])
-    assert time.monotonic() - start < 5, "it took 3 s each when all pairs were looked at again"
+    assert time.process_time() - start < 5, "it took 3 s each when all pairs were looked at again"
 
 
 # ---- The file on the disk ---------------------------------------------------------------------
